@@ -1,0 +1,1 @@
+"""Windlass trains convolutional networks fast, with every lever behind one plan."""

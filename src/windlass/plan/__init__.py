@@ -1,0 +1,1 @@
+"""What will run, as data: frozen dataclasses and the functions that build them; standard library only."""
