@@ -1,0 +1,1 @@
+"""Measures Windlass beside its rivals, interleaved in the same processes."""

@@ -1,0 +1,1 @@
+"""What must hold before anything runs.  A check raises with the place."""

@@ -1,0 +1,140 @@
+"""``windlass inspect``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from windlass.config import assignment
+from windlass.errors import ConfigError
+from windlass.networks import NETWORKS, check_network_name
+from windlass.plan.graph import Graph, Layer
+
+
+def inspect_command(
+    network: Annotated[str, typer.Argument(help="Built-in name, or package.module:function.")],
+    batch: Annotated[int, typer.Option(help="Samples of a step on one worker.")] = 1,
+    classes: Annotated[int | None, typer.Option(help="Classes; default the network's own.")] = None,
+    channels: Annotated[int | None, typer.Option(help="Channels of the input; default the network's own.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the input; default the network's own.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="network_args.KEY=VALUE of the network's constructor.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the graph as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the DAG into this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Print a network's layers: shapes, parameters, multiply-adds, and the four memories of training."""
+    graph = capture_network(
+        network, batch=batch, classes=classes, channels=channels, size=image_size, settings=settings or []
+    )
+    if plot is not None:
+        from windlass.report.dag import draw_graph
+
+        draw_graph(graph, plot)
+    if json_output:
+        totals = {
+            "num_parameters": graph.num_parameters,
+            "forward_macs": graph.forward_macs,
+            "backward_macs": graph.backward_macs,
+            "memories": graph.memories(),
+        }
+        print(json.dumps({**dataclasses.asdict(graph), "totals": totals}, ensure_ascii=False))
+        return
+    _print_graph(graph)
+    if plot is not None:
+        print(f"drawn: {plot}")
+
+
+def capture_network(
+    network: str,
+    *,
+    batch: int,
+    classes: int | None,
+    channels: int | None,
+    size: int | None,
+    settings: list[str],
+) -> Graph:
+    """Builds and captures a network by name; what is not given is the network's own default."""
+    check_network_name(network)
+    if batch < 1:
+        raise ConfigError(f"--batch: needs a number of at least 1, got {batch}")
+    for option, value in (("--classes", classes), ("--channels", channels), ("--image-size", size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option}: needs a number of at least 1, got {value}")
+    arguments: dict[str, object] = {}
+    for setting in settings:
+        mapping = assignment(setting)
+        if set(mapping) != {"network_args"} or not isinstance(mapping["network_args"], dict):
+            raise ConfigError(f"--set: needs network_args.KEY=VALUE here, got {setting!r}")
+        arguments |= mapping["network_args"]
+    entry = NETWORKS.get(network)
+    num_classes = classes or (entry.num_classes if entry else 10)
+    in_channels = channels or (entry.in_channels if entry else 3)
+    side = size or (entry.default_size if entry else 32)
+
+    from windlass.networks import build_network
+    from windlass.networks.capture import capture
+
+    module = build_network(
+        network, num_classes=num_classes, in_channels=in_channels, image_size=side, **arguments
+    )
+    return capture(module, (batch, in_channels, side, side), name=network, num_classes=num_classes)
+
+
+Column = tuple[str, Callable[[Layer], str]]
+
+
+def _print_graph(graph: Graph) -> None:
+    console = Console(highlight=False, soft_wrap=False)
+    width = None if console.is_terminal else 200
+    parameters, macs = max(graph.num_parameters, 1), max(graph.forward_macs + graph.backward_macs, 1)
+    columns: list[tuple[str, str, Callable[[Layer], str], str]] = [
+        ("layer", "left", lambda layer: layer.name, "total"),
+        ("kind", "left", lambda layer: layer.kind, ""),
+        ("inputs", "left", lambda layer: ", ".join(layer.inputs), ""),
+        ("output", "right", lambda layer: "×".join(map(str, layer.output_shape)), ""),
+        ("parameters", "right", lambda layer: f"{layer.num_parameters:,}", f"{graph.num_parameters:,}"),
+        ("share", "right", lambda layer: f"{layer.num_parameters / parameters:.1%}", ""),
+        ("forward MACs", "right", lambda layer: f"{layer.forward_macs:,}", f"{graph.forward_macs:,}"),
+        ("backward MACs", "right", lambda layer: f"{layer.backward_macs:,}", f"{graph.backward_macs:,}"),
+        ("share", "right", lambda layer: f"{(layer.forward_macs + layer.backward_macs) / macs:.1%}", ""),
+    ]
+    memories = graph.memories()
+    fields = {"D": "kept_bytes", "W": "weight_bytes", "∇D": "output_grad_bytes", "∇W": "weight_grad_bytes"}
+    for name, attribute in fields.items():
+        columns.append((name, "right", _bytes_of(attribute), size_text(memories[name])))
+    table = Table(title=f"{graph.network}, input {'×'.join(map(str, graph.input_shape))}", width=width)
+    for name, side, _, total in columns:
+        table.add_column(name, footer=total, justify="left" if side == "left" else "right", overflow="fold")
+    table.show_footer = True
+    for layer in graph.layers:
+        table.add_row(*(value(layer) for _, _, value, _ in columns))
+    (console if width is None else Console(highlight=False, width=width)).print(table)
+    print(
+        f"predicted peak of a step: {size_text(graph.peak_bytes)}, at {graph.peak_at} "
+        f"(input and labels {size_text(graph.input_bytes)} included)"
+    )
+
+
+def _bytes_of(attribute: str) -> Callable[[Layer], str]:
+    return lambda layer: size_text(getattr(layer, attribute))
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as a person reads them.
+
+    >>> size_text(240_000)
+    '234.4 KiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"

@@ -1,0 +1,44 @@
+"""``windlass plan``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from windlass.config import assignment, config_from_layers
+from windlass.runs.files import to_yaml, write_atomically
+
+
+def plan_command(
+    network: Annotated[str, typer.Argument(help="Built-in name, or package.module:function.")],
+    data: Annotated[str, typer.Option(help="The data source that the network will be trained on.")] = "digits",
+    workers: Annotated[int, typer.Option(help="Ranks that share every batch.")] = 1,
+    batch: Annotated[int, typer.Option(help="Global batch.")] = 64,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the plan; default: print it.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the configuration.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Write the plan the trainer would use: every lever at its value, with its reason."""
+    given = {"network": network, "data": {"source": data}, "workers": workers, "batch": batch}
+    config = config_from_layers([given, *map(assignment, settings or [])])
+
+    from windlass.data import open_dataset
+    from windlass.prepare import captured, image_size, network_for, plan_for
+
+    dataset = open_dataset(config.data.source, holdout=config.data.holdout)
+    size = image_size(config, dataset)
+    module = network_for(config, dataset, size)
+    graph = captured(
+        config, module, channels=dataset.image_shape[0], size=size, num_classes=dataset.num_classes
+    )
+    mapping = plan_for(config, graph).to_mapping()
+    text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n" if json_output else to_yaml(mapping)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(out, text)
+        print(out)

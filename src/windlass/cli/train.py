@@ -1,0 +1,87 @@
+"""``windlass train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from windlass.config import assignment, config_file
+from windlass.display import make_display
+from windlass.errors import ConfigError
+from windlass.train import execute, make_job
+
+
+def train_command(
+    network: Annotated[
+        str | None, typer.Argument(help="Built-in name, or package.module:function.", show_default="lenet5")
+    ] = None,
+    network_option: Annotated[str | None, typer.Option("--network", help="The same as the argument.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits, mnist:PATH, fashion-mnist:PATH, cifar10:PATH, folder:PATH, synthetic[:CxHxW]."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Ranks that share every batch.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Global batch: samples of a step over all workers.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Base learning rate.")] = None,
+    update: Annotated[
+        str | None, typer.Option(help="Update rule: sgd, momentum, nesterov, adagrad, adam, adamw.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant, step, exponential, milestones, cosine or linear.")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option(help="Epochs over which the rate rises from 0.")] = None,
+    augment: Annotated[str | None, typer.Option(help="E.g. shift:2,flip; none for no augmentation.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder; default the next free runs/NETWORK-DATA-NNN.")] = None,
+    plan: Annotated[str | None, typer.Option(help="Plan file (windlass plan writes one).")] = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of the configuration, e.g. checkpoint.keep_last=3.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume_from: Annotated[str, typer.Option(help="From this checkpoint: best, last or step-….")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, take one step, write nothing.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="Every event as a line of JSON.")] = False,
+) -> None:
+    """Train a network on so many workers, with a plan and a report."""
+    if network and network_option and network != network_option:
+        raise ConfigError(f"the network is given twice: {network} and --network {network_option}")
+    given = {
+        "network": network or network_option,
+        "workers": workers,
+        "epochs": epochs,
+        "batch": batch,
+        "seed": seed,
+        "out": out,
+        "plan": plan,
+        "data": _given({"source": data, "augment": augment}),
+        "update": _given({"name": update, "lr": lr}),
+        "schedule": _given({"name": schedule, "warmup_epochs": warmup}),
+    }
+    layers = [config_file(config)] if config else []
+    layers += [_given(given), *map(assignment, settings or [])]
+    job = make_job(layers, resume=resume, resume_from=resume_from, dry_run=dry_run)
+    if print_config:
+        from windlass.runs.files import to_yaml
+
+        print(to_yaml(job.config.to_mapping()), end="")
+        return
+    with make_display(display_mode(quiet=quiet, json_lines=json_lines)) as display:
+        execute(job, on_event=display.handle)
+
+
+def display_mode(*, quiet: bool, json_lines: bool) -> str:
+    """The display for ``--quiet`` and ``--json``."""
+    if quiet and json_lines:
+        raise ConfigError("--quiet and --json exclude each other")
+    return "json" if json_lines else "quiet" if quiet else "auto"
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """What was given: neither None nor an empty mapping."""
+    return {name: value for name, value in values.items() if value is not None and value != {}}

@@ -1,0 +1,333 @@
+"""The configuration of a training run: frozen dataclasses, validated when made, YAML in and out.
+
+Nothing here imports PyTorch, so a mistyped key is refused at once.  Values come, each overriding the one
+before, from the defaults, the network's recipe, a configuration file, the command's options and ``--set``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+
+from windlass.data import parse_spec
+from windlass.data.augment import parse_augment
+from windlass.errors import ConfigError, DataError, unknown
+from windlass.networks import check_network_name
+from windlass.optim.rules import Schedule, UpdateRule
+
+T = TypeVar("T")
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and what is done to them.
+
+    Attributes:
+        source: ``digits``, ``mnist:PATH``, … (`windlass.data.SOURCES`).
+        augment: augmentations by name, e.g. ``("shift:2", "flip")``.
+        image_size: side of the square images that the network gets; 0 leaves it to network and data.
+        holdout: share of the samples held out for testing when the source brings no test set of its own.
+        threads: threads a rank decodes image files with; 0: its share of the cores.
+    """
+
+    source: str = "digits"
+    augment: tuple[str, ...] = ()
+    image_size: int = 0
+    holdout: float = 0.2
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses unknown sources and augmentations."""
+        parse_spec(self.source)
+        parse_augment(self.augment)
+        _at_least("data.image_size", self.image_size, 0)
+        _at_least("data.threads", self.threads, 0)
+        if not 0 < self.holdout < 1:
+            raise ConfigError(f"data.holdout: needs a share between 0 and 1, got {self.holdout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept.
+
+    Attributes:
+        every_epochs, every_steps, every_minutes: 0 switches the trigger off.
+        keep_last: how many of the newest stay.
+        keep_best: how many of the best by `monitor` stay besides.
+        monitor: the metric of an epoch that says what is best; a name with ``loss`` in it is better when lower.
+    """
+
+    every_epochs: int = 1
+    every_steps: int = 0
+    every_minutes: float = 0.0
+    keep_last: int = 2
+    keep_best: int = 1
+    monitor: str = "test_accuracy"
+
+    def __post_init__(self) -> None:
+        """Refuses negative counts and an unknown metric."""
+        for name in ("every_epochs", "every_steps", "every_minutes", "keep_best"):
+            _at_least(f"checkpoint.{name}", getattr(self, name), 0)
+        _at_least("checkpoint.keep_last", self.keep_last, 1)
+        _check_metric("checkpoint.monitor", self.monitor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopConfig:
+    """Stops a run whose metric no longer improves.
+
+    Attributes:
+        patience: epochs without improvement after which the run ends; 0 switches it off.
+        metric: the metric of an epoch that is watched.
+        min_delta: what counts as an improvement.
+    """
+
+    patience: int = 0
+    metric: str = "test_loss"
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses negative numbers and an unknown metric."""
+        _at_least("early_stop.patience", self.patience, 0)
+        _at_least("early_stop.min_delta", self.min_delta, 0)
+        _check_metric("early_stop.metric", self.metric)
+
+
+EPOCH_METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+"""Metrics of an epoch that can be monitored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that defines a run.
+
+    Attributes:
+        network: built-in name or ``package.module:function``.
+        network_args: further arguments of the network's constructor.
+        data: where samples come from.
+        workers: ranks that share the work.
+        epochs: passes over the training data.
+        batch: global batch: samples of one step over all workers.
+        seed: of everything random.
+        out: the run folder; empty: the next free ``runs/NETWORK-DATA-NNN``.
+        plan: a plan file; empty: Windlass chooses.
+        update, schedule, checkpoint, early_stop: see there.
+        threads: threads of a rank's tensor operations; 0: its share of the cores.
+        log_every: a row of metrics every so many steps.
+        stall_s: seconds without progress after which a run is given up (exit status 6).
+    """
+
+    network: str = "lenet5"
+    network_args: dict[str, Scalar] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    workers: int = 1
+    epochs: int = 20
+    batch: int = 64
+    seed: int = 0
+    out: str = ""
+    plan: str = ""
+    update: UpdateRule = field(default_factory=UpdateRule)
+    schedule: Schedule = field(default_factory=Schedule)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    threads: int = 0
+    log_every: int = 1
+    stall_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot run, whatever the machine."""
+        check_network_name(self.network)
+        for name in ("workers", "epochs", "batch", "log_every"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
+        _at_least("threads", self.threads, 0)
+        if not self.stall_s > 0:
+            raise ConfigError(f"stall_s: needs a number above 0, got {self.stall_s}")
+        if self.batch < self.workers:
+            raise ConfigError(
+                f"batch: {self.workers} workers need a batch of at least {self.workers}, got {self.batch}"
+            )
+        if self.schedule.warmup_epochs > self.epochs:
+            raise ConfigError(
+                f"schedule.warmup_epochs: {self.schedule.warmup_epochs} is longer than the run of {self.epochs} epochs"
+            )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The configuration as plain mappings and lists; what the update rule leaves open is filled in."""
+        mapping = _plain(dataclasses.asdict(self))
+        mapping["update"] = {"name": self.update.name, **self.update.hyper_parameters()}
+        assert isinstance(mapping, dict)
+        return mapping
+
+
+RECIPES: dict[str, dict[str, Any]] = {}
+"""What a network trains well with where nobody says otherwise, as configuration mappings by network name."""
+
+
+def better_when_lower(metric: str) -> bool:
+    """Whether a smaller value of this metric is the better one."""
+    return "loss" in metric
+
+
+def config_from_layers(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
+    """A configuration from mappings, the later overriding the earlier, over the network's recipe.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest names), a value of the wrong type or out of range.
+
+    >>> config_from_layers([{"epochs": 3}, {"data": {"source": "digits"}, "epochs": 4}]).epochs
+    4
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    recipe = RECIPES.get(str(merged.get("network", TrainConfig.network)), {})
+    if "name" in merged.get("update", {}):
+        recipe = {name: part for name, part in recipe.items() if name != "update"}
+    if "name" in merged.get("schedule", {}):
+        recipe = {name: part for name, part in recipe.items() if name != "schedule"}
+    return build_config(TrainConfig, _merge(recipe, merged), "")
+
+
+def build_config(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """Makes the dataclass `cls` from a mapping, strictly: every key known, every value of its type."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in mapping.items():
+        if key not in names:
+            raise ConfigError(f"{unknown('configuration key', where + str(key), [where + n for n in names])}")
+        arguments[key] = _convert(value, hints[key], where + key)
+    return cls(**arguments)
+
+
+def assignment(text: str) -> dict[str, Any]:
+    """The mapping that ``--set key=value`` means.
+
+    >>> assignment("update.lr=1e-3")
+    {'update': {'lr': '1e-3'}}
+    >>> assignment("data.augment=[shift, flip]")
+    {'data': {'augment': ['shift', 'flip']}}
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set: needs key=value, e.g. update.lr=0.01, got {text!r}")
+    try:
+        parsed = yaml.safe_load(value) if value.strip() else ""
+    except yaml.YAMLError:
+        parsed = value
+    for name in reversed(key.strip().split(".")):
+        parsed = {name: parsed}
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The contents of a YAML file written by a person; ConfigError when it cannot be read as one."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        first = " ".join(str(error).split())
+        raise ConfigError(f"{what} {path}: is not YAML: {first}") from None
+
+
+def config_file(path: Path) -> dict[str, Any]:
+    """The mapping in a configuration file."""
+    mapping = read_yaml(path, "configuration file")
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"configuration file {path}: needs a mapping of keys to values")
+    return mapping
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a run folder was written with, for resuming it."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise DataError(f"{folder}: there is no run to resume here (no config.yaml)")
+    return config_file(path)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(under, Mapping) and isinstance(value, Mapping):
+            # Another update rule or schedule starts from its own defaults, not from the other's numbers.
+            renamed = "name" in value and value["name"] != under.get("name")
+            merged[key] = dict(value) if renamed and key in ("update", "schedule") else _merge(under, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type, or ConfigError; YAML reads ``1e-3`` as a text, so floats accept texts."""
+    origin = get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(value, get_args(hint), where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: needs keys of its own ({where}.KEY=VALUE), got {value!r}")
+        return build_config(hint, value, where + ".")
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            raise ConfigError(f"{where}: needs a list, got {value!r}")
+        return tuple(_convert(part.strip() if isinstance(part, str) else part, str, where) for part in parts if part)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: needs a mapping, got {value!r}")
+        return {str(key): part for key, part in value.items()}
+    return _convert_scalar(value, hint, where)
+
+
+def _convert_union(value: Any, hints: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    return _convert(value, next(hint for hint in hints if hint is not type(None)), where)
+
+
+def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"{where}: needs {names[hint]}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
+
+
+def _at_least(where: str, value: float, lowest: float) -> None:
+    if not value >= lowest:
+        raise ConfigError(f"{where}: needs a number of at least {lowest}, got {value}")
+
+
+def _check_metric(where: str, name: str) -> None:
+    if name not in EPOCH_METRICS:
+        raise ConfigError(f"{where}: {unknown('metric', name, EPOCH_METRICS)}")

@@ -1,0 +1,199 @@
+"""Gradients averaged over all ranks, in buckets, while the backward pass goes on.
+
+Theory of operation.  All trainable parameters of one dtype are moved into one flat tensor, in the reverse of
+the order in which the module lists them, which is about the order in which the backward pass finishes them.
+A parameter becomes a view of the flat tensor, its gradient is copied into the same place of a second flat
+tensor, and the optimizer updates the flat tensor as a whole: one pass over memory instead of one per
+parameter.  The flat gradient is cut into buckets of about `bucket_bytes`.  A hook on each parameter copies
+its fresh gradient; when a bucket is full its sum over the ranks starts.  Buckets start in the order of their
+numbers on every rank, as MPI demands, whatever order autograd takes.  With one bucket, or without overlap,
+hooks would only cost: everything is copied and summed after the backward pass.
+
+Each rank divides its loss by the *global* batch, so the plain sum is the mean over the batch for any shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from windlass.engine.allreduce import StartSum
+from windlass.engine.world import Request
+
+ALIGN = 16
+"""Every parameter starts at a multiple of so many elements: a cache line of float32."""
+
+
+@dataclass
+class FlatGroup:
+    """All trainable parameters of one dtype as one tensor, and their gradients as another."""
+
+    parameter: torch.nn.Parameter
+    gradient: torch.Tensor
+    names: list[str]
+    parameters: list[torch.nn.Parameter]
+    offsets: list[int]
+
+    def view(self, flat: torch.Tensor, index: int) -> torch.Tensor:
+        """The part of `flat` that belongs to parameter `index`, in that parameter's shape and strides."""
+        parameter = self.parameters[index]
+        return flat[self.offsets[index] :].as_strided(
+            parameter.shape, parameter.stride(), flat.storage_offset() + self.offsets[index]
+        )
+
+    def split(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and views of every parameter's part of `flat`."""
+        for index, name in enumerate(self.names):
+            yield name, self.view(flat, index)
+
+
+@dataclass
+class _Bucket:
+    group: FlatGroup
+    start: int
+    stop: int
+    members: list[int] = field(default_factory=list)
+    missing: set[int] = field(default_factory=set)
+    request: Request | None = None
+    largest: torch.Tensor | None = None
+
+
+def flatten_parameters(module: torch.nn.Module) -> list[FlatGroup]:
+    """Moves the module's trainable parameters into one flat tensor per dtype; each stays a view of its own."""
+    by_dtype: dict[torch.dtype, list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
+    return [_flatten(list(reversed(named)), dtype) for dtype, named in by_dtype.items()]
+
+
+def _flatten(named: list[tuple[str, torch.nn.Parameter]], dtype: torch.dtype) -> FlatGroup:
+    offsets, total = [], 0
+    for _, parameter in named:
+        offsets.append(total)
+        total += -(-parameter.numel() // ALIGN) * ALIGN
+    flat = torch.nn.Parameter(torch.zeros(total, dtype=dtype))
+    flat.grad = torch.zeros(total, dtype=dtype)
+    group = FlatGroup(flat, flat.grad, [name for name, _ in named], [p for _, p in named], offsets)
+    with torch.no_grad():
+        for index, (_, parameter) in enumerate(named):
+            if not _dense(parameter):
+                parameter.data = parameter.data.contiguous()
+            view = group.view(flat.data, index)
+            view.copy_(parameter)
+            parameter.data = view
+    return group
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether the strides are a permutation of contiguous ones, so that `numel` elements hold the tensor."""
+    return torch.empty_like(tensor).stride() == tensor.stride()
+
+
+class GradientAverager:
+    """Averages a module's gradients over all ranks; see the theory of operation above.
+
+    Args:
+        module: its trainable parameters are moved into flat tensors.
+        start_sum: starts the sum of a buffer over all ranks (`engine.allreduce`).
+        bucket_bytes: a bucket is closed when it has this many bytes.
+        overlap: whether sums start during the backward pass.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, *, start_sum: StartSum, bucket_bytes: int, overlap: bool
+    ) -> None:
+        self.groups = flatten_parameters(module)
+        self._start_sum = start_sum
+        self._buckets = [bucket for group in self.groups for bucket in _cut(group, bucket_bytes)]
+        self._next = 0
+        self._overlap = overlap and len(self._buckets) > 1
+        if self._overlap:
+            self._add_hooks()
+
+    @property
+    def num_buckets(self) -> int:
+        """How many sums a step takes."""
+        return len(self._buckets)
+
+    def begin(self) -> None:
+        """Call before the backward pass."""
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.missing = set(bucket.members)
+            bucket.request = bucket.largest = None
+
+    def finish_backward(self) -> bool:
+        """Call after the backward pass: starts what has not started and says whether all gradients of this
+        rank are finite."""
+        for bucket in self._buckets[self._next :]:
+            self._collect(bucket)
+            self._start(bucket)
+        self._next = len(self._buckets)
+        largest = [bucket.largest for bucket in self._buckets if bucket.largest is not None]
+        return bool(torch.isfinite(torch.stack(largest)).all()) if largest else True
+
+    def wait(self) -> None:
+        """Returns when every flat gradient holds the sum over all ranks."""
+        for bucket in self._buckets:
+            if bucket.request is not None:
+                bucket.request.wait()
+
+    def _add_hooks(self) -> None:
+        for bucket in self._buckets:
+            for index in bucket.members:
+                view = bucket.group.view(bucket.group.gradient, index)
+                hook = self._hook(bucket, index, view)
+                bucket.group.parameters[index].register_post_accumulate_grad_hook(hook)
+
+    def _hook(self, bucket: _Bucket, index: int, view: torch.Tensor):  # type: ignore[no-untyped-def]
+        def collect(parameter: torch.Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            view.copy_(gradient)
+            parameter.grad = None
+            bucket.missing.discard(index)
+            while self._next < len(self._buckets) and not self._buckets[self._next].missing:
+                self._start(self._buckets[self._next])
+                self._next += 1
+            for earlier in self._buckets[: self._next]:
+                if earlier.request is not None:
+                    earlier.request.test()  # Open MPI moves messages only when it is called
+
+        return collect
+
+    def _collect(self, bucket: _Bucket) -> None:
+        """Copies the gradients that no hook has copied; a parameter that the loss did not reach counts zero."""
+        views, gradients = [], []
+        for index in sorted(bucket.missing):
+            parameter = bucket.group.parameters[index]
+            view = bucket.group.view(bucket.group.gradient, index)
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                views.append(view)
+                gradients.append(parameter.grad)
+                parameter.grad = None
+        if views:
+            torch._foreach_copy_(views, gradients)
+        bucket.missing.clear()
+
+    def _start(self, bucket: _Bucket) -> None:
+        part = bucket.group.gradient[bucket.start : bucket.stop]
+        bucket.largest = torch.linalg.vector_norm(part, ord=float("inf")).float()  # NaN stays NaN
+        bucket.request = self._start_sum(part.numpy())
+
+
+def _cut(group: FlatGroup, bucket_bytes: int) -> list[_Bucket]:
+    """Cuts a flat gradient into buckets of whole parameters, each of at least `bucket_bytes` but the last."""
+    buckets: list[_Bucket] = []
+    start, members = 0, []
+    ends = [*group.offsets[1:], group.parameter.numel()]
+    for index, end in enumerate(ends):
+        members.append(index)
+        if (end - start) * group.gradient.element_size() >= bucket_bytes or index == len(ends) - 1:
+            buckets.append(_Bucket(group, start, end, members))
+            start, members = end, []
+    return buckets

@@ -1,0 +1,132 @@
+"""Everything that stands before the first step: data, network, graph, plan, checks.
+
+All ranks do the same; what can go wrong goes wrong on all of them together, before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from windlass.check.plan import check_plan
+from windlass.config import TrainConfig, read_yaml
+from windlass.data import Dataset, open_dataset
+from windlass.data.serving import BatchServer
+from windlass.engine.agree import on_all, on_root
+from windlass.engine.launch import threads_per_rank
+from windlass.engine.world import World
+from windlass.errors import ConfigError
+from windlass.job import Job
+from windlass.networks import NETWORKS, build_network, input_size
+from windlass.networks.capture import capture
+from windlass.plan.graph import Graph
+from windlass.plan.plan import Plan, plan_from_mapping
+from windlass.runs.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
+from windlass.tuning.choose import choose_plan
+
+VARIED_SIZE = 224
+"""Side of images from files for a network that says nothing of its own."""
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to start on this rank."""
+
+    job: Job
+    world: World
+    dataset: Dataset
+    module: torch.nn.Module
+    graph: Graph
+    plan: Plan
+    train: BatchServer
+    test: BatchServer
+    threads: int
+    checkpoint: Checkpoint | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(job: Job, world: World, *, module: torch.nn.Module | None = None) -> Prepared:
+    """Opens the data, builds and captures the network, and reads, chooses and checks the plan.
+
+    Args:
+        job: what to run.
+        world: the ranks.
+        module: the network itself, instead of `config.network`'s name (one worker only).
+
+    Raises:
+        ConfigError, DataError: on every rank alike.
+    """
+    config = job.config
+    threads = config.threads or threads_per_rank(world.local_size)
+    torch.set_num_threads(threads)
+    dataset = on_all(world, lambda: open_dataset(config.data.source, holdout=config.data.holdout))
+    size = image_size(config, dataset)
+    torch.manual_seed(config.seed)
+    module = module or on_all(world, lambda: network_for(config, dataset, size))
+    graph = on_root(world, lambda: captured(config, module, channels=dataset.image_shape[0], size=size,
+                                            num_classes=dataset.num_classes))  # fmt: skip
+    plan = on_root(world, lambda: plan_for(config, graph))
+    serve = {
+        "dataset": dataset, "image_size": size, "seed": config.seed,
+        "rank": world.rank, "world_size": world.size, "batch": config.batch,
+    }  # fmt: skip
+    return Prepared(
+        job=job,
+        world=world,
+        dataset=dataset,
+        module=module,
+        graph=graph,
+        plan=plan,
+        train=BatchServer(dataset.train, augment=config.data.augment, shuffle=True, **serve),  # type: ignore[arg-type]
+        test=BatchServer(dataset.test, augment=(), shuffle=False, **serve),  # type: ignore[arg-type]
+        threads=threads,
+        checkpoint=on_root(world, lambda: _checkpoint(job)),
+    )
+
+
+def image_size(config: TrainConfig, dataset: Dataset) -> int:
+    """Side of the images that the network gets."""
+    if config.data.image_size:
+        return config.data.image_size
+    if dataset.varied_sizes:
+        return NETWORKS[config.network].default_size if config.network in NETWORKS else VARIED_SIZE
+    return input_size(config.network, dataset.image_shape[1])
+
+
+def network_for(config: TrainConfig, dataset: Dataset, size: int) -> torch.nn.Module:
+    """The configured network, for this data."""
+    return build_network(
+        config.network,
+        num_classes=dataset.num_classes,
+        in_channels=dataset.image_shape[0],
+        image_size=size,
+        **config.network_args,
+    )
+
+
+def captured(config: TrainConfig, module: torch.nn.Module, *, channels: int, size: int, num_classes: int) -> Graph:
+    """The network's graph at one worker's share of the batch."""
+    share = math.ceil(config.batch / config.workers)
+    return capture(module, (share, channels, size, size), name=config.network, num_classes=num_classes)
+
+
+def plan_for(config: TrainConfig, graph: Graph) -> Plan:
+    """The plan in the configuration's file, checked, or the one Windlass chooses."""
+    if not config.plan:
+        return choose_plan(graph, workers=config.workers, batch=config.batch)
+    where = f"plan {config.plan}"
+    plan = plan_from_mapping(read_yaml(Path(config.plan), "plan"), where=where)
+    check_plan(plan, graph, where=where)
+    for name, ours in (("workers", config.workers), ("batch", config.batch)):
+        if getattr(plan, name) != ours:
+            raise ConfigError(f"{where}: {name}: the plan says {getattr(plan, name)}, the configuration {ours}")
+    return plan
+
+
+def _checkpoint(job: Job) -> Checkpoint | None:
+    if not job.resume:
+        return None
+    return read_checkpoint(find_checkpoint(Path(job.folder) / "checkpoints", job.resume_from))

@@ -1,0 +1,95 @@
+"""The rows of a run: JSONL for every step and epoch, CSV of the epochs, TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from windlass.errors import WriteError
+from windlass.runs.files import write_atomically
+
+Row = Mapping[str, Any]
+FLUSH_S = 1.0
+"""Rows reach the disk at least this often while rows come."""
+EPOCH_COLUMNS = (
+    "epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+    "images_per_s", "seconds", "data_share",
+)  # fmt: skip
+
+
+class MetricsWriter:
+    """Appends rows to ``metrics.jsonl`` and ``metrics.csv`` and to TensorBoard's event file.
+
+    Args:
+        folder: the run folder.
+        step: rows beyond this step are dropped first: a run that resumes from step 100 repeats what came after.
+    """
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._csv = folder / "metrics.csv"
+        kept = [row for row in read_rows(self._path) if row.get("step", 0) <= step and row["kind"] != "end"]
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._epochs = [row for row in kept if row["kind"] == "epoch"]
+        self._file = self._path.open("a")
+        self._flushed = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, row: Row) -> None:
+        """Adds one row.
+
+        Raises:
+            WriteError: the disk is full or the folder is gone.
+        """
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            if row["kind"] != "step" or time.monotonic() - self._flushed > FLUSH_S:
+                self._file.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            raise WriteError(f"cannot write {self._path}: {error.strerror}") from None
+        if row["kind"] == "epoch":
+            self._epochs.append(dict(row))
+            write_atomically(self._csv, _csv_text(self._epochs))
+        self._show(row)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._board.close()
+
+    def _show(self, row: Row) -> None:
+        names = {"step": ("loss", "accuracy", "lr"), "epoch": EPOCH_COLUMNS[3:]}.get(row["kind"], ())
+        for name in names:
+            if row.get(name) is not None:
+                self._board.add_scalar(f"{row['kind']}/{name}", row[name], row["step"])  # type: ignore[no-untyped-call]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows in a ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def _csv_text(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, EPOCH_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

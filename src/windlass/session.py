@@ -1,0 +1,255 @@
+"""One run on one rank, from the first check to the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from windlass.engine.agree import on_root
+from windlass.engine.watch import StopRequest
+from windlass.engine.world import World
+from windlass.errors import ConfigError, StoppedError, WindlassError, WriteError
+from windlass.loop import Emit, Note, Summary, Trainer
+from windlass.optim.rules import UPDATE_RULES
+from windlass.plan.graph import Graph
+from windlass.job import Job
+from windlass.prepare import Prepared, prepare
+from windlass.report.page import write_report
+from windlass.runs.checkpoint import MANIFEST, list_checkpoints
+from windlass.runs.folder import check_writable, describe_machine, free_bytes, memory_bytes, write_folder
+from windlass.runs.metrics import MetricsWriter
+
+OPTIMIZER_COPIES = {"SGD": 1, "Adagrad": 1, "Adam": 2, "AdamW": 2}
+"""Tensors of the parameters' size that PyTorch's optimizers keep."""
+
+
+def run_rank(
+    job: Job,
+    world: World,
+    *,
+    emit: Emit,
+    stop: StopRequest,
+    note: Note,
+    module: torch.nn.Module | None = None,
+) -> Summary:
+    """Prepares, checks, trains, and writes the run folder with its report; every rank calls it.
+
+    Raises:
+        WindlassError: whatever ended the run, on every rank alike.
+    """
+    note("preparing", 0)
+    prepared = prepare(job, world, module=module)
+    checks = on_root(world, lambda: check_resources(prepared))
+    if job.dry_run:
+        return _dry_run(prepared, checks, emit=emit, stop=stop, note=note)
+    on_root(world, lambda: _write_folder(prepared))
+    step = prepared.checkpoint.step if prepared.checkpoint else 0
+    writer = MetricsWriter(Path(job.folder), step=step) if world.rank == 0 else None
+    if writer is not None and prepared.checkpoint:
+        writer.write({"kind": "resume", "step": step, "workers": world.size})
+    emit(_begin_event(prepared, step))
+    try:
+        summary = _train(prepared, emit=emit, stop=stop, note=note, writer=writer)
+    finally:
+        if writer is not None:
+            writer.close()
+            note("the report", 0)
+            _report(Path(job.folder), emit)
+    emit({"kind": "end", **summary.__dict__, "folder": job.folder, "best": best_checkpoint(prepared)})
+    world.barrier()
+    return summary
+
+
+def _train(
+    prepared: Prepared, *, emit: Emit, stop: StopRequest, note: Note, writer: MetricsWriter | None
+) -> Summary:
+    trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=writer)
+    end: dict[str, Any] = {"kind": "end", "status": "failed", "message": "internal error"}
+    try:
+        summary = trainer.run()
+        end |= {"status": summary.status, "message": "", "seconds": summary.seconds}
+        return summary
+    except WindlassError as error:
+        end |= {"status": "stopped" if isinstance(error, StoppedError) else "failed", "message": str(error)}
+        raise
+    finally:
+        if writer is not None:
+            _try(lambda: writer.write(end | {"step": trainer.progress.step, "best": best_checkpoint(prepared)}))
+
+
+def _try(action: Callable[[], None]) -> None:
+    """Does what must not hide the error that is on its way."""
+    try:
+        action()
+    except WriteError:
+        return
+
+
+def _report(folder: Path, emit: Emit) -> None:
+    """A run is not lost because its page cannot be drawn."""
+    try:
+        write_report([folder], folder / "report.html")
+    except Exception as error:
+        emit({"kind": "warning", "message": f"the report could not be written: {error}"})
+
+
+def _begin_event(prepared: Prepared, step: int) -> dict[str, Any]:
+    config, graph = prepared.job.config, prepared.graph
+    return {
+        "kind": "begin",
+        "network": config.network,
+        "data": config.data.source,
+        "workers": prepared.world.size,
+        "threads": prepared.threads,
+        "epochs": config.epochs,
+        "batch": config.batch,
+        "steps_per_epoch": prepared.train.num_steps,
+        "step": step,
+        "num_parameters": graph.num_parameters,
+        "num_train": len(prepared.dataset.train),
+        "num_test": len(prepared.dataset.test),
+        "folder": prepared.job.folder,
+    }
+
+
+def _write_folder(prepared: Prepared) -> None:
+    job, config = prepared.job, prepared.job.config
+    update = UPDATE_RULES[config.update.name].torch_class
+    machine = describe_machine(
+        hosts=[prepared.world.host],
+        threads=prepared.threads,
+        versions={
+            "torch": torch.__version__,
+            "mpi": _mpi_version() if prepared.world.size > 1 else "not used: one worker",
+            "windlass": _package_version("windlass"),
+            "optimizer": f"torch.optim.{update}, fused",
+        },
+    )
+    write_folder(
+        Path(job.folder), config=config.to_mapping(), plan=prepared.plan, graph=prepared.graph, machine=machine
+    )
+
+
+def _mpi_version() -> str:
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().split(",")[0].strip("\0 ")
+
+
+def _package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def best_checkpoint(prepared: Prepared) -> dict[str, Any] | None:
+    """The best checkpoint so far: metric, value, step, path."""
+    link = Path(prepared.job.folder) / "checkpoints" / "best"
+    metric = prepared.job.config.checkpoint.monitor
+    try:
+        manifest = json.loads((link / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return {
+        "metric": metric,
+        "value": manifest["metrics"][metric],
+        "step": manifest["step"],
+        "checkpoint": str(link.resolve().relative_to(Path(prepared.job.folder).resolve())),
+    }
+
+
+def worker_bytes(graph: Graph, *, update_rule: str) -> int:
+    """Predicted most bytes of tensors on one worker: the step's peak, flat gradients, optimizer state."""
+    copies = 1 + OPTIMIZER_COPIES[UPDATE_RULES[update_rule].torch_class]
+    return graph.peak_bytes + copies * graph.memories()["∇W"]
+
+
+def checkpoint_bytes(graph: Graph, *, update_rule: str) -> int:
+    """About the bytes of one checkpoint."""
+    copies = 1 + OPTIMIZER_COPIES[UPDATE_RULES[update_rule].torch_class]
+    return copies * graph.memories()["W"] + (1 << 16)
+
+
+def check_resources(prepared: Prepared) -> dict[str, str]:
+    """Memory and disk against what the run will need; what was found, in words.
+
+    Raises:
+        ConfigError: the memory will not do.
+        WriteError: the disk will not do.
+    """
+    config, world = prepared.job.config, prepared.world
+    rule, folder = config.update.name, Path(prepared.job.folder)
+    needed = world.local_size * worker_bytes(prepared.graph, update_rule=rule)
+    available = memory_bytes("MemAvailable")
+    if available and needed > available:
+        raise ConfigError(
+            f"{world.local_size} worker(s) on {world.host} need about {_size(needed)} of memory, {_size(available)} "
+            f"are available: take a smaller --batch or more hosts"
+        )
+    check_writable(folder)
+    kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # the one being written
+    needed_disk = kept * checkpoint_bytes(prepared.graph, update_rule=rule)
+    free = free_bytes(folder)
+    if needed_disk > free:
+        raise WriteError(
+            f"{folder}: {kept} checkpoints need about {_size(needed_disk)}, {_size(free)} are free: set "
+            f"checkpoint.keep_last lower or name another --out"
+        )
+    return {
+        "memory": f"{_size(needed)} predicted on this host, {_size(available)} available",
+        "disk": f"{_size(needed_disk)} for checkpoints, {_size(free)} free",
+    }
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _dry_run(
+    prepared: Prepared, checks: dict[str, str], *, emit: Emit, stop: StopRequest, note: Note
+) -> Summary:
+    """One step and one evaluation step's worth of checks; nothing is written."""
+    config, data, graph = prepared.job.config, prepared.dataset, prepared.graph
+    found = {
+        "configuration": f"{config.network}, {config.epochs} epochs of {prepared.train.num_steps} steps, "
+        f"batch {config.batch}, {config.update.name}",
+        "data": f"{data.name}: {len(data.train)} to train, {len(data.test)} to test, {data.num_classes} classes, "
+        f"images {'×'.join(map(str, graph.input_shape[1:]))}",
+        "network": f"{graph.num_parameters:,} parameters, {graph.forward_macs:,} multiply-adds forward a worker and step",
+        "plan": ", ".join(f"{name} {choice.value}" for name, choice in prepared.plan.levers.items()),
+        **checks,
+    }
+    for name, detail in found.items():
+        emit({"kind": "check", "name": name, "detail": detail})
+    trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=None)
+    trainer.module.train()
+    trainer.step(prepared.train.fetch(0, 0))  # the first one pays for what is made once
+    trainer.progress.step = 0
+    trainer._timer.begin()
+    agreed = trainer.step(prepared.train.fetch(0, 0))
+    seconds = trainer._timer.end()["seconds"]
+    total_s = seconds * prepared.train.num_steps * config.epochs
+    emit(
+        {
+            "kind": "check",
+            "name": "one step",
+            "detail": f"loss {agreed.loss:.4f} in {1e3 * seconds:.1f} ms on {prepared.world.size} worker(s): "
+            f"the run will take about {total_s:.0f} s",
+        }
+    )
+    if list_checkpoints(Path(prepared.job.folder) / "checkpoints"):
+        emit({"kind": "check", "name": "folder", "detail": f"{prepared.job.folder} holds a run to resume"})
+    summary = Summary("dry-run", 1, seconds, {"loss": agreed.loss})
+    emit({"kind": "end", **summary.__dict__, "folder": "", "best": None})
+    return summary
+
