@@ -168,8 +168,17 @@ class TrainConfig:
         return mapping
 
 
-RECIPES: dict[str, dict[str, Any]] = {}
+RECIPES: dict[str, dict[str, Any]] = {
+    "lenet5": {
+        "update": {"name": "momentum", "lr": 0.1, "weight_decay": 5e-4},
+        "data": {"augment": ["shift:1"]},
+    },
+}
 """What a network trains well with where nobody says otherwise, as configuration mappings by network name."""
+
+
+RULE_KEYS = {"update": UpdateRule().name, "schedule": Schedule().name}
+"""Keys whose numbers belong to the rule named beside them, and the rule where none is named."""
 
 
 def better_when_lower(metric: str) -> bool:
@@ -190,10 +199,10 @@ def config_from_layers(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
     for layer in layers:
         merged = _merge(merged, layer)
     recipe = RECIPES.get(str(merged.get("network", TrainConfig.network)), {})
-    if "name" in merged.get("update", {}):
-        recipe = {name: part for name, part in recipe.items() if name != "update"}
-    if "name" in merged.get("schedule", {}):
-        recipe = {name: part for name, part in recipe.items() if name != "schedule"}
+    for key in RULE_KEYS:
+        given = merged.get(key)
+        if isinstance(given, Mapping) and "name" in given:
+            recipe = {name: part for name, part in recipe.items() if name != key}
     return build_config(TrainConfig, _merge(recipe, merged), "")
 
 
@@ -267,8 +276,9 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         under = merged.get(key)
         if isinstance(under, Mapping) and isinstance(value, Mapping):
             # Another update rule or schedule starts from its own defaults, not from the other's numbers.
-            renamed = "name" in value and value["name"] != under.get("name")
-            merged[key] = dict(value) if renamed and key in ("update", "schedule") else _merge(under, value)
+            before = under.get("name", RULE_KEYS.get(key))
+            renamed = key in RULE_KEYS and value.get("name", before) != before
+            merged[key] = dict(value) if renamed else _merge(under, value)
         else:
             merged[key] = value
     return merged
@@ -310,7 +320,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)

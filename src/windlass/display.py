@@ -87,7 +87,9 @@ def end_lines(event: Event) -> list[str]:
     else:
         lines.append(f"done: nothing was left to do after step {event['step']}")
     if best:
-        lines.append(f"best {best['metric']} {best['value']:.4f} at step {best['step']}: {event['folder']}/{best['checkpoint']}")
+        lines.append(
+            f"best {best['metric']} {best['value']:.4f} at step {best['step']}: {event['folder']}/{best['checkpoint']}"
+        )
     return [*lines, f"report: {event['folder']}/report.html"]
 
 
@@ -188,7 +190,9 @@ class BarDisplay(QuietDisplay):
                 self._print(*begin_lines(event))
                 self._epochs = event["epochs"]
                 total = event["epochs"] * event["steps_per_epoch"]
-                self._bar.update(self._task, total=total, completed=event["step"], description=f"epoch 1/{self._epochs}")
+                self._bar.update(
+                    self._task, total=total, completed=event["step"], description=f"epoch 1/{self._epochs}"
+                )
             case "step":
                 figures = (
                     f"loss {event['loss']:.4f}  accuracy {event['accuracy']:.2%}  {event['images_per_s']:,.0f} images/s"

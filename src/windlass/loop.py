@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from windlass.config import better_when_lower
 from windlass.data.serving import Batch, BatchServer
@@ -26,7 +27,7 @@ from windlass.engine.gradients import GradientAverager
 from windlass.engine.prefetch import prefetch
 from windlass.engine.timing import StepTimer
 from windlass.engine.watch import StopRequest
-from windlass.engine.world import sum_over
+from windlass.engine.world import sum_array, sum_over
 from windlass.errors import DataError, NonFiniteError, StoppedError
 from windlass.optim.build import build_optimizer, set_learning_rate
 from windlass.prepare import Prepared
@@ -116,10 +117,10 @@ class Trainer:
         self._emit, self._stop, self._note, self._writer = emit, stop, note, writer
         self._layout = MEMORY_FORMATS[str(plan.value("layout"))]
         self.module = prepared.module.to(memory_format=self._layout)  # type: ignore[call-overload]
-        self._start_sum = ALLREDUCE[str(plan.value("allreduce"))](self.world)
         self.averager = GradientAverager(
             self.module,
-            start_sum=self._start_sum,
+            start_sum=ALLREDUCE[str(plan.value("allreduce"))](self.world),
+            alone=self.world.size == 1,
             bucket_bytes=int(plan.value("bucket_bytes")),
             overlap=bool(plan.value("overlap")),
         )
@@ -249,11 +250,11 @@ class Trainer:
         """Every rank learns which ranks are bad, and raises."""
         what = f"loss {loss}" if not math.isfinite(loss) else "" if finite else "a gradient that is not finite"
         found = [f"{text} on rank {rank}" for rank, text in enumerate(self.world.gather(what)) if text]
-        kept = [path.name for path in list_checkpoints(self.folder)]
+        kept = list_checkpoints(self.folder)
+        last = f"last good checkpoint: {kept[-1]}" if kept else "there is no checkpoint yet"
         raise NonFiniteError(
             f"step {self.progress.step + 1} (epoch {self.progress.epoch + 1}): {', '.join(found)}; no weight was "
-            f"updated with it. {f'Last good checkpoint: {self.folder / kept[-1]}' if kept else 'There is no checkpoint yet'}. "
-            f"A smaller --lr or a --warmup often helps."
+            f"updated with it; {last}; a smaller --lr or a --warmup often helps"
         )
 
     def _record(self, agreed: Agreed, lr: float) -> None:
@@ -356,7 +357,7 @@ class Trainer:
         if len(batch.labels) == 0:
             return 0.0, 0.0, 0.0
         main = main_output(self.module(batch.images.contiguous(memory_format=self._layout)))
-        loss = F.cross_entropy(main, batch.labels, reduction="sum")
+        loss = functional.cross_entropy(main, batch.labels, reduction="sum")
         return loss.item(), float((main.argmax(dim=1) == batch.labels).sum()), len(batch.labels)
 
     def _stop_here(self) -> None:
@@ -420,9 +421,8 @@ class Trainer:
         if checkpoint is None:
             seed_rank(self.config.seed, step=0, rank=world.rank)
             for group in self.averager.groups:  # rank 0's weights: zero elsewhere, then the sum
-                if world.rank != 0:
-                    group.parameter.data.zero_()
-                world.start_sum(group.parameter.data.numpy()).wait()
+                own = group.parameter.data.numpy() if world.rank == 0 else np.zeros_like(group.parameter.data.numpy())
+                group.parameter.data.copy_(torch.from_numpy(sum_array(world, own)))
             return
         _load_weights(self.module, checkpoint.weights, str(checkpoint.path))
         load_optimizer(self.optimizer, self.averager.groups, checkpoint.state)
@@ -454,8 +454,10 @@ def main_output(outputs: Any) -> torch.Tensor:
 
 def objective(module: nn.Module, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy of the main output, plus `module.auxiliary_weight` times that of every other."""
-    loss = F.cross_entropy(main_output(outputs), labels, reduction="sum")
+    loss = functional.cross_entropy(main_output(outputs), labels, reduction="sum")
     others = outputs[1:] if isinstance(outputs, tuple | list) else ()
     for other in others:
-        loss = loss + getattr(module, "auxiliary_weight", 0.3) * F.cross_entropy(other, labels, reduction="sum")
+        loss = loss + getattr(module, "auxiliary_weight", 0.3) * functional.cross_entropy(
+            other, labels, reduction="sum"
+        )
     return loss

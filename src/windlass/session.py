@@ -14,10 +14,10 @@ from windlass.engine.agree import on_root
 from windlass.engine.watch import StopRequest
 from windlass.engine.world import World
 from windlass.errors import ConfigError, StoppedError, WindlassError, WriteError
+from windlass.job import Job
 from windlass.loop import Emit, Note, Summary, Trainer
 from windlass.optim.rules import UPDATE_RULES
 from windlass.plan.graph import Graph
-from windlass.job import Job
 from windlass.prepare import Prepared, prepare
 from windlass.report.page import write_report
 from windlass.runs.checkpoint import MANIFEST, list_checkpoints
@@ -65,9 +65,7 @@ def run_rank(
     return summary
 
 
-def _train(
-    prepared: Prepared, *, emit: Emit, stop: StopRequest, note: Note, writer: MetricsWriter | None
-) -> Summary:
+def _train(prepared: Prepared, *, emit: Emit, stop: StopRequest, note: Note, writer: MetricsWriter | None) -> Summary:
     trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=writer)
     end: dict[str, Any] = {"kind": "end", "status": "failed", "message": "internal error"}
     try:
@@ -131,7 +129,11 @@ def _write_folder(prepared: Prepared) -> None:
         },
     )
     write_folder(
-        Path(job.folder), config=config.to_mapping(), plan=prepared.plan, graph=prepared.graph, machine=machine
+        Path(job.folder),
+        config=config.to_mapping(),
+        plan=prepared.plan,
+        graph=prepared.graph,
+        machine=machine,
     )
 
 
@@ -164,9 +166,12 @@ def best_checkpoint(prepared: Prepared) -> dict[str, Any] | None:
     }
 
 
-def worker_bytes(graph: Graph, *, update_rule: str) -> int:
-    """Predicted most bytes of tensors on one worker: the step's peak, flat gradients, optimizer state."""
-    copies = 1 + OPTIMIZER_COPIES[UPDATE_RULES[update_rule].torch_class]
+def worker_bytes(graph: Graph, *, update_rule: str, world_size: int) -> int:
+    """Predicted most bytes of tensors on one worker.
+
+    The step's peak, flat gradients (the rank's own and, with others, the sum), and the optimizer's state.
+    """
+    copies = 1 + (world_size > 1) + OPTIMIZER_COPIES[UPDATE_RULES[update_rule].torch_class]
     return graph.peak_bytes + copies * graph.memories()["∇W"]
 
 
@@ -185,7 +190,7 @@ def check_resources(prepared: Prepared) -> dict[str, str]:
     """
     config, world = prepared.job.config, prepared.world
     rule, folder = config.update.name, Path(prepared.job.folder)
-    needed = world.local_size * worker_bytes(prepared.graph, update_rule=rule)
+    needed = world.local_size * worker_bytes(prepared.graph, update_rule=rule, world_size=world.size)
     available = memory_bytes("MemAvailable")
     if available and needed > available:
         raise ConfigError(
@@ -215,9 +220,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-def _dry_run(
-    prepared: Prepared, checks: dict[str, str], *, emit: Emit, stop: StopRequest, note: Note
-) -> Summary:
+def _dry_run(prepared: Prepared, checks: dict[str, str], *, emit: Emit, stop: StopRequest, note: Note) -> Summary:
     """One step and one evaluation step's worth of checks; nothing is written."""
     config, data, graph = prepared.job.config, prepared.dataset, prepared.graph
     found = {
@@ -225,7 +228,7 @@ def _dry_run(
         f"batch {config.batch}, {config.update.name}",
         "data": f"{data.name}: {len(data.train)} to train, {len(data.test)} to test, {data.num_classes} classes, "
         f"images {'×'.join(map(str, graph.input_shape[1:]))}",
-        "network": f"{graph.num_parameters:,} parameters, {graph.forward_macs:,} multiply-adds forward a worker and step",
+        "network": f"{graph.num_parameters:,} parameters, {graph.forward_macs:,} forward MACs a worker and step",
         "plan": ", ".join(f"{name} {choice.value}" for name, choice in prepared.plan.levers.items()),
         **checks,
     }
@@ -252,4 +255,3 @@ def _dry_run(
     summary = Summary("dry-run", 1, seconds, {"loss": agreed.loss})
     emit({"kind": "end", **summary.__dict__, "folder": "", "best": None})
     return summary
-

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from windlass.engine.gradients import FlatGroup
-from windlass.engine.world import World
+from windlass.engine.world import World, sum_array
 
 Tensors = dict[str, torch.Tensor]
 
@@ -96,9 +96,8 @@ def average_buffers(module: torch.nn.Module, world: World) -> None:
         return
     for buffer in module.buffers():
         if buffer.is_floating_point():
-            flat = buffer.detach().clone().contiguous()
-            world.start_sum(flat.numpy()).wait()
-            buffer.copy_(flat / world.size)
+            total = sum_array(world, buffer.detach().contiguous().numpy())
+            buffer.copy_(torch.from_numpy(total) / world.size)
 
 
 def gather_rank_tensors(module: torch.nn.Module, world: World) -> Tensors:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from windlass.config import TrainConfig, config_from_layers, read_yaml, saved_config
+from windlass.config import config_from_layers, read_yaml, saved_config
 from windlass.data import check_dataset
 from windlass.display import make_display
 from windlass.engine.channel import Channel
@@ -92,7 +92,8 @@ def train(
         plan: a plan or a plan file; None lets Windlass choose.
         progress: whether to show progress on a terminal.
         on_event: called with every event (rank 0's), as mappings with a ``kind``.
-        resume, resume_from: go on from a checkpoint in the folder `out`.
+        resume: go on from the newest checkpoint in the folder `out`.
+        resume_from: go on from this one.
         dry_run: check everything, take one step, write nothing.
         **options: keys of `TrainConfig`, e.g. ``workers=2, epochs=5, update={"name": "adam"}``.
 
@@ -110,7 +111,9 @@ def train(
         layer = {"network": name, "data": data_options, **({"plan": str(plan)} if plan else {}), **options}
         job = make_job([layer], resume=resume, resume_from=resume_from, dry_run=dry_run)
         if module is not None and job.config.workers > 1:
-            raise ConfigError("several workers build the network themselves: give package.module:function, not a module")
+            raise ConfigError(
+                "several workers build the network themselves: give package.module:function, not a module"
+            )
         display = make_display("auto" if progress else "quiet")
 
         def show(event: Event) -> None:
@@ -129,7 +132,9 @@ def make_job(
 
     Args:
         layers: configuration mappings, the later overriding the earlier.
-        resume, resume_from, dry_run: see `train`.
+        resume: see `train`.
+        resume_from: see `train`.
+        dry_run: see `train`.
     """
     resume = resume or bool(resume_from)
     given: dict[str, Any] = {}
@@ -194,9 +199,7 @@ class _Collector:
         return Result(end["metrics"], tuple(self.epochs), end["seconds"], end["status"], folder, end["best"])
 
 
-def execute(
-    job: Job, *, on_event: OnEvent, module: torch.nn.Module | None = None, watch: bool = True
-) -> Result:
+def execute(job: Job, *, on_event: OnEvent, module: torch.nn.Module | None = None, watch: bool = True) -> Result:
     """Runs a job: as one of the ranks that mpiexec or srun started, alone, or by starting ranks itself.
 
     Args:
@@ -223,7 +226,10 @@ def _run_here(job: Job, on_event: OnEvent, module: torch.nn.Module | None, watch
     channel = Channel(None, on_stop=stop.ask)
 
     def on_stall(phase: str, idle_s: float) -> None:
-        line = {"kind": "stall", "message": f"rank {world.rank} on {world.host} has not moved for {idle_s:.0f} s in {phase}"}
+        line = {
+            "kind": "stall",
+            "message": f"rank {world.rank} on {world.host} has not moved for {idle_s:.0f} s in {phase}",
+        }
         on_event(line)
 
     stall_s = job.config.stall_s if watch else float("inf")
@@ -242,7 +248,12 @@ def _run_here(job: Job, on_event: OnEvent, module: torch.nn.Module | None, watch
         raise
     except Exception:
         if world.size > 1:  # the others would wait for this rank for ever
-            on_event({"kind": "crash", "message": f"internal error on rank {world.rank}:\n{traceback.format_exc()}"})
+            on_event(
+                {
+                    "kind": "crash",
+                    "message": f"internal error on rank {world.rank}:\n{traceback.format_exc()}",
+                }
+            )
             world.abort(1)
         raise
     finally:

@@ -60,9 +60,7 @@ def test_shift_moves_every_image_by_a_permitted_offset_and_uses_all_of_them() ->
         fitting = [at for at in offsets if np.array_equal(naive_shift(before, *at), after)]
         assert len(fitting) == 1  # pixels are never 0, so each offset leaves another frame
         seen.add(fitting[0])
-    assert seen == set(
-        offsets
-    )  # of 300 draws, one of 25 offsets stays away with odds 25 * (24/25)**300 = 1e-4
+    assert seen == set(offsets)  # of 300 draws, one of 25 offsets stays away with odds 25 * (24/25)**300 = 1e-4
 
 
 def test_flip_mirrors_about_half() -> None:

@@ -158,9 +158,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     dataset = open_dataset(f"folder:{tmp_path}", holdout=0.1)
     server = BatchServer(dataset.train, dataset=dataset, batch=20, image_size=8)
     test_server = BatchServer(dataset.test, dataset=dataset, batch=20, image_size=8)
-    with pytest.raises(
-        DataError, match=rf"ant/{name}: cannot be decoded as an image of {len(damaged)} bytes"
-    ):
+    with pytest.raises(DataError, match=rf"ant/{name}: cannot be decoded as an image of {len(damaged)} bytes"):
         (server.fetch(0, 0), test_server.fetch(0, 0))
 
 

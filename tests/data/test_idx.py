@@ -61,9 +61,7 @@ def test_a_single_pair_is_cut_in_two(tmp_path: Path, prefix: str) -> None:
     write_pair(tmp_path, prefix, n=20)
     dataset = open_dataset(f"mnist:{tmp_path}", holdout=0.25)
     assert (len(dataset.train), len(dataset.test)) == (15, 5)
-    everything = np.concatenate(
-        [dataset.train.images.gather(np.arange(15)), dataset.test.images.gather(np.arange(5))]
-    )
+    everything = np.concatenate([dataset.train.images.gather(np.arange(15)), dataset.test.images.gather(np.arange(5))])
     original = np.random.default_rng(20).integers(0, 256, (20, 6, 5), dtype=np.uint8)
     assert {image.tobytes() for image in everything} == {image.tobytes() for image in original}
 
@@ -99,9 +97,7 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
 
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_told_with_the_file_by_opening_and_by_checking(
-    tmp_path: Path, damage: str, zipped: bool
-) -> None:
+def test_damage_is_told_with_the_file_by_opening_and_by_checking(tmp_path: Path, damage: str, zipped: bool) -> None:
     write_pair(tmp_path, "train", zipped=zipped)
     write_pair(tmp_path, "t10k", zipped=zipped)
     kind, alter, message = DAMAGES[damage]

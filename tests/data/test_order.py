@@ -36,9 +36,7 @@ def test_permute_needs_no_neighbours() -> None:
 
 
 def test_seed_and_epoch_each_change_the_order() -> None:
-    orders = [
-        permute(np.arange(1000), length=1000, seed=s, epoch=e) for s in (0, 1, -1, 2**63) for e in (0, 1, 2)
-    ]
+    orders = [permute(np.arange(1000), length=1000, seed=s, epoch=e) for s in (0, 1, -1, 2**63) for e in (0, 1, 2)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
             # Two independent permutations agree in one place on average; 12 or more has odds below 1e-9.
@@ -120,8 +118,6 @@ def test_uniforms_are_uniform_and_depend_on_the_counter_alone() -> None:
 
 def test_uniforms_of_other_seeds_epochs_and_streams_are_unrelated() -> None:
     n = 10_000
-    draws = [
-        uniforms(np.arange(n), seed=s, epoch=e, stream=t) for s in (0, 1) for e in (0, 1) for t in (0, 1)
-    ]
+    draws = [uniforms(np.arange(n), seed=s, epoch=e, stream=t) for s in (0, 1) for e in (0, 1) for t in (0, 1)]
     correlations = np.corrcoef(draws) - np.eye(len(draws))
     assert np.abs(correlations).max() < 5 / np.sqrt(n)

@@ -64,9 +64,7 @@ def test_digits() -> None:
     pixels = dataset.train.images.gather(np.arange(1438))
     assert set(np.unique(pixels).tolist()) == {round(level * 255 / 16) for level in range(17)}
     again = open_dataset("digits")
-    assert np.array_equal(
-        again.test.images.gather(np.arange(359)), dataset.test.images.gather(np.arange(359))
-    )
+    assert np.array_equal(again.test.images.gather(np.arange(359)), dataset.test.images.gather(np.arange(359)))
 
 
 def test_digits_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -29,17 +29,9 @@ def build(name: str, *, side: int | None = None) -> nn.Module:
 def graph_of(name: str, *, batch: int = 2, side: int | None = None, training: bool = True) -> Graph:
     entry = NETWORKS[name]
     side = side or entry.default_size
-    with torch.device("meta"):
-        module = build(name, side=side) if name != "lenet5" else None
-    module = module or build(name, side=side)
     shape = (batch, entry.in_channels, side, side)
-    return capture(
-        module.to_empty(device="cpu") if name != "lenet5" else module,
-        shape,
-        name=name,
-        num_classes=entry.num_classes,
-        training=training,
-    )
+    module = build(name, side=side)
+    return capture(module, shape, name=name, num_classes=entry.num_classes, training=training)
 
 
 def named(graph: Graph) -> dict[str, Layer]:
@@ -99,7 +91,7 @@ def test_alexnet_shares() -> None:
 
 @pytest.mark.parametrize("name", ["lenet5", "alexnet", "resnet18", "googlenet"])
 def test_multiply_adds_agree_with_pytorchs_counter(name: str) -> None:
-    side = {"alexnet": 63, "resnet18": 32, "googlenet": 65}.get(name)
+    side = {"alexnet": 63, "resnet18": 32, "googlenet": 79}.get(name)
     entry = NETWORKS[name]
     module = build(name, side=side)
     side = side or entry.default_size
@@ -250,7 +242,7 @@ def step_peak(module: nn.Module, shape: tuple[int, ...], num_classes: int) -> in
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     assert len(events) > 50
     totals = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return held + max(totals)
+    return held + int(max(totals))
 
 
 @pytest.mark.parametrize(

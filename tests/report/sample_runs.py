@@ -112,9 +112,7 @@ def plain(name: str, kind: str, source: str, shape: tuple[int, ...]) -> Layer:
     )
 
 
-def step_row(
-    step: int, *, epoch: int, loss: float, accuracy: float, lr: float, parts: dict[str, float]
-) -> Row:
+def step_row(step: int, *, epoch: int, loss: float, accuracy: float, lr: float, parts: dict[str, float]) -> Row:
     row: Row = {"kind": "step", "step": step, "epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": lr}
     row |= {"images": BATCH, "seconds": sum(parts.values())}
     return row | {f"{name}_s": seconds for name, seconds in parts.items()}

@@ -14,7 +14,7 @@ from windlass.report.dag import SUFFIXES, draw_graph, layout
 
 def graph_of(name: str) -> Graph:
     entry = NETWORKS[name]
-    side = 65 if name == "googlenet" else entry.default_size
+    side = 79 if name == "googlenet" else entry.default_size
     module = build_network(name, num_classes=10, in_channels=entry.in_channels, image_size=side)
     return capture(module, (2, entry.in_channels, side, side), name=name, num_classes=10)
 

@@ -104,10 +104,7 @@ def test_links_lead_to_sections_of_the_page(tmp_path: Path) -> None:
         ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
         targets = {(attributes["href"] or "")[1:] for _, attributes in page.tags if "href" in attributes}
         targets |= {
-            value or ""
-            for _, attributes in page.tags
-            for key, value in attributes.items()
-            if key == "aria-labelledby"
+            value or "" for _, attributes in page.tags for key, value in attributes.items() if key == "aria-labelledby"
         }
         assert len(ids) == len(set(ids))
         assert targets <= set(ids)
@@ -282,9 +279,7 @@ def test_a_comparison_marks_the_best_and_lists_only_what_differs(tmp_path: Path)
     assert names == ["optimizer.lr", "workers", "extra", "workers"]  # the last is the plan's
     assert compared.row("optimizer.lr")[1:] == ["0.05", "0.1"]
     assert compared.row("extra")[1:] == ["–", "yes"]
-    speeds = [
-        statistics.median(r["images"] / r["seconds"] for r in steps_of(made)) for made in (first, second)
-    ]
+    speeds = [statistics.median(r["images"] / r["seconds"] for r in steps_of(made)) for made in (first, second)]
     expected = [f"{speeds[0] / 1000:.1f} k", f"★best: {speeds[1] / 1000:.1f} k"]
     assert page.row("Images per second")[1:] == expected
     assert page.row("Parameters")[1:] == ["61.7 k", "61.7 k"]
@@ -318,9 +313,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     assert str(tmp_path / "b" / "run") in page.text
 
 
-def test_what_cannot_be_written_is_said_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = good_run(tmp_path / "run", num_epochs=1)
     with pytest.raises(WriteError, match=r"cannot write .*report\.html"):
         write_report([folder], tmp_path / "nowhere" / "report.html")

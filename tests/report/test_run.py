@@ -37,9 +37,7 @@ def test_the_graph_comes_back_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [("config.yaml",), ("metrics.jsonl",), ("config.yaml", "metrics.jsonl")])
-def test_a_folder_that_is_no_run_is_refused_naming_what_is_missing(
-    tmp_path: Path, missing: tuple[str, ...]
-) -> None:
+def test_a_folder_that_is_no_run_is_refused_naming_what_is_missing(tmp_path: Path, missing: tuple[str, ...]) -> None:
     write_run(tmp_path, [])
     for name in missing:
         (tmp_path / name).unlink()

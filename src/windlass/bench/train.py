@@ -171,7 +171,13 @@ def _rank_main(arguments: list[str] | None = None) -> int:
             loss = turns[rival](spec["steps"])
             world.barrier()
             seconds = time.perf_counter() - started
-            event = {"kind": "turn", "network": spec["network"], "rival": rival, "turn": turn, "seconds": seconds}
+            event = {
+                "kind": "turn",
+                "network": spec["network"],
+                "rival": rival,
+                "turn": turn,
+                "seconds": seconds,
+            }
             if world.rank == 0 and turn >= 0:  # the first turn warms up
                 channel.send({"kind": "event", "event": event | {"loss": loss, "turns": spec["turns"]}})
             if any(world.gather(stop.reason)):
@@ -202,20 +208,18 @@ def _ddp_turn(prepared: Any, module: Any, batches: list[Any]) -> Callable[[int],
     """DDP's textbook loop over Gloo, on the same ranks."""
     import torch
     import torch.distributed as dist
-    import torch.nn.functional as F
+    from torch.nn import functional
     from torch.nn.parallel import DistributedDataParallel
 
     from windlass.loop import MEMORY_FORMATS
 
     world = prepared.world
     port = world.broadcast(_free_port() if world.rank == 0 else 0)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=world.rank, world_size=world.size
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=world.rank, world_size=world.size)
     layout = MEMORY_FORMATS[str(prepared.plan.value("layout"))]
     model = DistributedDataParallel(module.to(memory_format=layout), gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-    model.train()
+    model.train()  # type: ignore[no-untyped-call]
 
     def turn(steps: int) -> float:
         loss = torch.zeros(())
@@ -223,7 +227,7 @@ def _ddp_turn(prepared: Any, module: Any, batches: list[Any]) -> Callable[[int],
             batch = batches[step % len(batches)]
             optimizer.zero_grad()
             outputs = model(batch.images.contiguous(memory_format=layout))
-            loss = F.cross_entropy(outputs, batch.labels)
+            loss = functional.cross_entropy(outputs, batch.labels)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return float(loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from windlass.errors import ConfigError, unknown
 from windlass.plan.graph import Graph
-from windlass.plan.levers import LEVERS
+from windlass.plan.levers import LEVERS, spell
 from windlass.plan.plan import Plan
 
 
@@ -17,6 +17,9 @@ def check_plan(plan: Plan, graph: Graph, *, where: str = "plan") -> None:
         where: names the plan in errors, e.g. its file.
     """
     _check_network(plan, graph, where)
+    for name in LEVERS:
+        if name not in plan.levers:
+            raise ConfigError(f"{where}: levers.{name}: is missing; its default is {spell(LEVERS[name].default)}")
     for name, choice in plan.levers.items():
         if name not in LEVERS:
             raise ConfigError(f"{where}: levers: {unknown('lever', name, LEVERS)}")
@@ -49,6 +52,9 @@ def _check_layers(plan: Plan, graph: Graph, where: str) -> None:
     kinds = {layer.name: layer.kind for layer in graph.layers}
     convolutions = {name for name, kind in kinds.items() if kind.startswith("conv")}
     for layer in plan.layers:
+        refusal = LEVERS["convolution"].refusal(layer.convolution)
+        if refusal:
+            raise ConfigError(f"{where}: layers.{layer.name}.convolution: {refusal}")
         if layer.name not in convolutions:
             raise ConfigError(f"{where}: layers: {unknown('convolution', layer.name, convolutions)}")
         if layer.kind and layer.kind != kinds[layer.name]:

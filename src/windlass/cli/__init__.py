@@ -35,7 +35,9 @@ app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)
-def version_option(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+def version_option(
+    version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+) -> None:
     """Trains convolutional networks fast: every lever behind one plan."""
     if version:
         from importlib.metadata import version as package_version

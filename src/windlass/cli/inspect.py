@@ -82,9 +82,7 @@ def capture_network(
     from windlass.networks import build_network
     from windlass.networks.capture import capture
 
-    module = build_network(
-        network, num_classes=num_classes, in_channels=in_channels, image_size=side, **arguments
-    )
+    module = build_network(network, num_classes=num_classes, in_channels=in_channels, image_size=side, **arguments)
     return capture(module, (batch, in_channels, side, side), name=network, num_classes=num_classes)
 
 

@@ -32,9 +32,7 @@ def plan_command(
     dataset = open_dataset(config.data.source, holdout=config.data.holdout)
     size = image_size(config, dataset)
     module = network_for(config, dataset, size)
-    graph = captured(
-        config, module, channels=dataset.image_shape[0], size=size, num_classes=dataset.num_classes
-    )
+    graph = captured(config, module, channels=dataset.image_shape[0], size=size, num_classes=dataset.num_classes)
     mapping = plan_for(config, graph).to_mapping()
     text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n" if json_output else to_yaml(mapping)
     if out is None:

@@ -11,7 +11,8 @@ import typer
 def report_command(
     folders: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The page; default DIR/report.html, for several comparison.html.")
+        Path | None,
+        typer.Option("--out", "-o", help="The page; default DIR/report.html, for several comparison.html."),
     ] = None,
 ) -> None:
     """Rebuild a run's report, or compare several runs in one page."""

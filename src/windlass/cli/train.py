@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,8 @@ def train_command(
     plan: Annotated[str | None, typer.Option(help="Plan file (windlass plan writes one).")] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE of the configuration, e.g. checkpoint.keep_last=3.")
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the configuration, e.g. checkpoint.keep_last=3."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     resume_from: Annotated[str, typer.Option(help="From this checkpoint: best, last or step-….")] = "",
@@ -63,7 +65,7 @@ def train_command(
         "update": _given({"name": update, "lr": lr}),
         "schedule": _given({"name": schedule, "warmup_epochs": warmup}),
     }
-    layers = [config_file(config)] if config else []
+    layers: list[Mapping[str, Any]] = [config_file(config)] if config else []
     layers += [_given(given), *map(assignment, settings or [])]
     job = make_job(layers, resume=resume, resume_from=resume_from, dry_run=dry_run)
     if print_config:

@@ -179,9 +179,7 @@ class Augment:
     crop: Crop | None = None
     steps: tuple[Step, ...] = ()
 
-    def apply(
-        self, x_NCHW: NDArray[np.uint8], ids: NDArray[np.int64], *, seed: int, epoch: int
-    ) -> NDArray[np.uint8]:
+    def apply(self, x_NCHW: NDArray[np.uint8], ids: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[np.uint8]:
         """The steps, without the crop; stream 0 belongs to the crop."""
         for stream, step in enumerate(self.steps, start=1):
             x_NCHW = step.apply(x_NCHW, ids, seed=seed, epoch=epoch, stream=stream)

@@ -125,14 +125,10 @@ def hold_out(split: Split, holdout: float, *, place: str) -> tuple[Split, Split]
     return split.take(train_ids), split.take(test_ids)
 
 
-def holdout_ids(
-    num_samples: int, holdout: float, *, place: str
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def holdout_ids(num_samples: int, holdout: float, *, place: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ids of the training and of the test samples, both ascending; see `hold_out`."""
     if num_samples < 2:
-        raise DataError(
-            f"{place}: needs at least 2 samples to hold some out for testing, found {num_samples}"
-        )
+        raise DataError(f"{place}: needs at least 2 samples to hold some out for testing, found {num_samples}")
     num_test = min(max(round(num_samples * holdout), 1), num_samples - 1)
     order = permute(np.arange(num_samples), length=num_samples, seed=HOLDOUT_KEY, epoch=0)
     return np.sort(order[num_test:]), np.sort(order[:num_test])

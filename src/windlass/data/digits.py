@@ -63,9 +63,7 @@ def read_rows(path: Path) -> NDArray[np.float64]:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: not a readable table of digits ({error})") from error
     if rows.shape[1] != 65 or rows[:, :64].min() < 0 or rows[:, :64].max() > 16:
-        raise DataError(
-            f"{path}: needs rows of 64 grey levels 0..16 and a label, found {rows.shape[1]} columns"
-        )
+        raise DataError(f"{path}: needs rows of 64 grey levels 0..16 and a label, found {rows.shape[1]} columns")
     return rows
 
 

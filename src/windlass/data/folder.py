@@ -158,9 +158,7 @@ def class_folders(root: Path) -> tuple[str, ...]:
     """
     names = sorted(entry.name for entry in _visible(root) if entry.is_dir())
     if not names:
-        raise DataError(
-            f"{root}: no images; needs one folder per class, as in {root / 'CLASS' / 'image.jpg'}"
-        )
+        raise DataError(f"{root}: no images; needs one folder per class, as in {root / 'CLASS' / 'image.jpg'}")
     return tuple(names)
 
 

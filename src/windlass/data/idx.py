@@ -94,9 +94,7 @@ def read_pair(folder: Path, prefix: str) -> Pair | None:
     images = read_idx(images_path, num_dims=3)
     labels = read_idx(labels_path, num_dims=1).astype(np.int64)
     if len(images) != len(labels):
-        raise DataError(
-            f"{labels_path}: needs one label for each of {len(images)} images, found {len(labels)}"
-        )
+        raise DataError(f"{labels_path}: needs one label for each of {len(images)} images, found {len(labels)}")
     if images.size == 0:
         raise DataError(f"{images_path}: no images, its dimensions are {'x'.join(map(str, images.shape))}")
     check_labels(labels, 10, place=str(labels_path))
@@ -125,9 +123,7 @@ def read_idx(path: Path, *, num_dims: int) -> NDArray[np.uint8]:
         if magic != needed:
             raise DataError(f"{path}: needs magic number 0x{needed:08x}, found 0x{magic:08x}")
     if len(content) < header_bytes:
-        raise DataError(
-            f"{path}: truncated, needs a header of {header_bytes} bytes, found {len(content)} bytes"
-        )
+        raise DataError(f"{path}: truncated, needs a header of {header_bytes} bytes, found {len(content)} bytes")
     shape = struct.unpack_from(f">{num_dims}I", content, 4)
     num_bytes = header_bytes + prod(shape)
     if len(content) != num_bytes:
@@ -161,7 +157,5 @@ def _unpack(path: Path) -> bytes:
     except EOFError:
         return bytes(content)
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: damaged gzip stream after {len(content)} unpacked bytes ({error})"
-        ) from error
+        raise DataError(f"{path}: damaged gzip stream after {len(content)} unpacked bytes ({error})") from error
     return bytes(content)

@@ -144,9 +144,7 @@ class EpochOrder:
 
     def _compute_chunk(self, epoch: int, index: int) -> NDArray[np.int64]:
         positions = np.arange(index * CHUNK, min((index + 1) * CHUNK, self.length))
-        ids = (
-            permute(positions, length=self.length, seed=self.seed, epoch=epoch) if self.shuffle else positions
-        )
+        ids = permute(positions, length=self.length, seed=self.seed, epoch=epoch) if self.shuffle else positions
         ids.flags.writeable = False
         return ids
 

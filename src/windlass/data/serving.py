@@ -162,9 +162,7 @@ def _check_numbers(*, batch: int, image_size: int, rank: int, world_size: int) -
 def _check_shifts(augment: Augment, image_size: int) -> None:
     for step in augment.steps:
         if isinstance(step, Shift) and step.pixels >= image_size:
-            raise ConfigError(
-                f"a shift of {step.pixels} pixels needs images larger than that, got {image_size}"
-            )
+            raise ConfigError(f"a shift of {step.pixels} pixels needs images larger than that, got {image_size}")
 
 
 def _fitted_once(images: Images, image_shape: tuple[int, int, int], size: int) -> Images:
@@ -228,9 +226,7 @@ def _gather_files(
     """Files decoded, cut at their full resolution, and scaled."""
     if crop is None or draws is None:
         return images.gather(ids, size=size, resize=resize_with_torch)
-    return images.gather(
-        ids, size=size, place=lambda i, h, w: crop.box(draws[i], h, w), resize=resize_with_torch
-    )
+    return images.gather(ids, size=size, place=lambda i, h, w: crop.box(draws[i], h, w), resize=resize_with_torch)
 
 
 def _crop_each(x_NCSS: NDArray[np.uint8], crop: Crop, draws: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -23,7 +23,7 @@ def on_root(world: World, action: Callable[[], T]) -> T:
     value, error = world.broadcast((value, error))
     if error is not None:
         raise error
-    return value  # type: ignore[return-value]
+    return value
 
 
 def on_all(world: World, action: Callable[[], T]) -> T:

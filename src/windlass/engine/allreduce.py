@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from windlass.engine.world import Request, World
 
-StartSum = Callable[[NDArray[Any]], Request]
+StartSum = Callable[[NDArray[Any], NDArray[Any]], Request]
 
 
 def _library(world: World) -> StartSum:
@@ -17,4 +17,4 @@ def _library(world: World) -> StartSum:
 
 
 ALLREDUCE: dict[str, Callable[[World], StartSum]] = {"library": _library}
-"""By the value of the plan's lever ``allreduce``: a world to its function that starts a sum in place."""
+"""By the value of the plan's lever ``allreduce``: a world to its function that starts a sum."""

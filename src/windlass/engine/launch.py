@@ -181,7 +181,7 @@ class Launcher:
                 self._pass_on_stop()
                 self._check_silence()
             for rank in self._ranks:  # what was said between the last look and the end
-                while self._lost is None and self._read(rank):
+                while self._lost is None and process.poll() is not None and self._read(rank):
                     pass
 
     def _overdue(self) -> bool:
@@ -207,9 +207,7 @@ class Launcher:
             case "event":
                 self._on_event(message["event"])
             case "error":
-                self._errors.append(
-                    message | {"rank": rank.rank, "host": rank.host, "at": time.monotonic()}
-                )
+                self._errors.append(message | {"rank": rank.rank, "host": rank.host, "at": time.monotonic()})
             case "bye":
                 rank.code = message["code"]
 

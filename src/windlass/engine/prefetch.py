@@ -23,7 +23,7 @@ def prefetch(fetch: Callable[[int], T], steps: range, *, num_threads: int, ahead
     waiting: deque[Future[T]] = deque()
     try:
         upcoming = iter(steps)
-        waiting.extend(pool.submit(fetch, step) for step, _ in zip(upcoming, range(ahead), strict=False))
+        waiting.extend(pool.submit(fetch, step) for _, step in zip(range(ahead), upcoming, strict=False))
         for step in upcoming:
             yield waiting.popleft().result()
             waiting.append(pool.submit(fetch, step))

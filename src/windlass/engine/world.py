@@ -49,8 +49,11 @@ class World(Protocol):
     local_size: int
     host: str
 
-    def start_sum(self, buffer: NDArray[Any]) -> Request:
-        """Starts summing `buffer` (any shape, contiguous, the same on every rank) over all ranks in place."""
+    def start_sum(self, send: NDArray[Any], receive: NDArray[Any]) -> Request:
+        """Starts summing `send` over all ranks into `receive`; contiguous, of one shape and dtype everywhere.
+
+        They are two arrays because that is twice as fast in Open MPI as summing in place.
+        """
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank; any object that pickles."""
@@ -67,9 +70,14 @@ class World(Protocol):
 
 def sum_over(world: World, values: list[float]) -> list[float]:
     """Sums a few numbers over all ranks."""
-    buffer = np.array(values, dtype=np.float64)
-    world.start_sum(buffer).wait()
-    return [float(value) for value in buffer]
+    return [float(value) for value in sum_array(world, np.array(values, dtype=np.float64))]
+
+
+def sum_array(world: World, array: NDArray[Any]) -> NDArray[Any]:
+    """The sum of every rank's `array`."""
+    total = np.empty_like(array)
+    world.start_sum(array, total).wait()
+    return total
 
 
 class _Done:
@@ -91,8 +99,10 @@ class LocalWorld:
     def __init__(self) -> None:
         self.host = socket.gethostname()
 
-    def start_sum(self, buffer: NDArray[Any]) -> Request:
-        """The sum over one rank is what stands there."""
+    def start_sum(self, send: NDArray[Any], receive: NDArray[Any]) -> Request:
+        """The sum over one rank is a copy, and nothing at all where both are the same memory."""
+        if send.ctypes.data != receive.ctypes.data:
+            receive[...] = send
         return _Done()
 
     def gather(self, value: Any) -> list[Any]:
@@ -142,11 +152,10 @@ class MpiWorld:
         hosts = self._comm.allgather(self.host)
         self.local_size = hosts.count(self.host)
         self.local_rank = hosts[: self.rank].count(self.host)
-        self._in_place = MPI.IN_PLACE
 
-    def start_sum(self, buffer: NDArray[Any]) -> Request:
-        """Open MPI's own non-blocking allreduce, in place."""
-        return _MpiRequest(self._comm.Iallreduce(self._in_place, buffer))
+    def start_sum(self, send: NDArray[Any], receive: NDArray[Any]) -> Request:
+        """Open MPI's own non-blocking allreduce."""
+        return _MpiRequest(self._comm.Iallreduce(send, receive))
 
     def gather(self, value: Any) -> list[Any]:
         """Pickled and gathered everywhere; for rare and small things."""

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build_network(
-    name: str, *, num_classes: int, in_channels: int, image_size: int, **arguments: object
-) -> nn.Module:
+def build_network(name: str, *, num_classes: int, in_channels: int, image_size: int, **arguments: object) -> nn.Module:
     """A new network with fresh weights, drawn from torch's global generator.
 
     Args:
@@ -66,9 +64,7 @@ def _find(name: str, factory: str) -> Callable[..., object]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(
-                f"network {name!r}: importing {module_name} failed: {_one_line(error)}"
-            ) from error
+            raise ConfigError(f"network {name!r}: importing {module_name} failed: {_one_line(error)}") from error
         raise ConfigError(
             f"network {name!r}: there is no module {error.name!r} (in {os.getcwd()} or installed)"  # noqa: PTH109
         ) from error
@@ -77,9 +73,7 @@ def _find(name: str, factory: str) -> Callable[..., object]:
     found = getattr(module, function_name, None)
     if found is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(
-            f"network {name!r}: " + unknown(f"function in {module_name}", function_name, public)
-        )
+        raise ConfigError(f"network {name!r}: " + unknown(f"function in {module_name}", function_name, public))
     if not callable(found):
         raise ConfigError(f"network {name!r}: {function_name} is a {type(found).__name__}, not a function")
     return found  # type: ignore[no-any-return]

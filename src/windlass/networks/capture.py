@@ -139,9 +139,7 @@ def _check_outputs(outputs: list[Tensor], *, name: str, batch: int, num_classes:
     for output in outputs:
         shape = tuple(output.shape)
         if len(shape) != 2 or shape[0] != batch or shape[1] < num_classes:
-            raise ConfigError(
-                f"network {name!r} must return logits of shape ({batch}, {num_classes}), got {shape}"
-            )
+            raise ConfigError(f"network {name!r} must return logits of shape ({batch}, {num_classes}), got {shape}")
 
 
 def _loss(outputs: list[Tensor], labels: Tensor, *, recorder: Recorder, module: nn.Module) -> Tensor:
@@ -164,13 +162,9 @@ def _fake_weights(module: nn.Module, fake_mode: FakeTensorMode) -> dict[str, Ten
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ConfigError(f"{name} is not initialised; run the network once on a batch before")
         if id(tensor) not in copies:
-            empty = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            )
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             is_parameter = isinstance(tensor, nn.Parameter)
-            copies[id(tensor)] = (
-                nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-            )
+            copies[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     return {name: copies[id(tensor)] for name, tensor in named}
 
 

@@ -99,9 +99,7 @@ def check_network_name(name: str) -> None:
             raise ConfigError(unknown("network", name, NETWORKS) + ", or package.module:function")
         return
     module, _, function = name.partition(":")
-    if not all(
-        part.isidentifier() and not keyword.iskeyword(part) for part in [*module.split("."), function]
-    ):
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in [*module.split("."), function]):
         raise ConfigError(f"network {name!r} must be a built-in name or read package.module:function")
 
 

@@ -70,7 +70,7 @@ class AuxiliaryHead(nn.Sequential):
 class GoogLeNet(nn.Module):
     """Table 1.  In training it returns (main, aux4a, aux4d), in evaluation the main logits alone.
 
-    Where 4a's maps have less than 5x5 elements (images under 65) the heads' pooling has no room: the network
+    Where 4a's maps have less than 5x5 elements (images under 79) the heads' pooling has no room: the network
     has no heads then and always returns the main logits.
 
     Attributes:
@@ -79,9 +79,7 @@ class GoogLeNet(nn.Module):
 
     auxiliary_weight = 0.3
 
-    def __init__(
-        self, *, num_classes: int, in_channels: int, image_size: int, local_response_norm: bool
-    ) -> None:
+    def __init__(self, *, num_classes: int, in_channels: int, image_size: int, local_response_norm: bool) -> None:
         super().__init__()
 
         def norm() -> list[nn.Module]:
@@ -128,7 +126,7 @@ class GoogLeNet(nn.Module):
 def inception4_map(image_size: int) -> int:
     """Side of the maps of inceptions 4a to 4e.
 
-    >>> inception4_map(224), inception4_map(65), inception4_map(64), inception4_map(32)
+    >>> inception4_map(224), inception4_map(79), inception4_map(78), inception4_map(32)
     (14, 5, 4, 2)
     """
     side = (image_size + 1) // 2
@@ -147,7 +145,7 @@ def googlenet(
     """GoogLeNet (Szegedy et al. 2015, table 1): 6,998,552 parameters and two heads of 3.2 M at the defaults.
 
     Images of side 32 or more, the smallest power of two that the four poolings leave something of; the heads
-    exist from side 65 on.  Weights by He et al. 2015: the paper does not say how it drew them.
+    exist from side 79 on.  Weights by He et al. 2015: the paper does not say how it drew them.
     """
     return GoogLeNet(
         num_classes=num_classes,

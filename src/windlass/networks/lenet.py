@@ -148,9 +148,7 @@ def _init_uniform(layer: nn.Conv2d | nn.Linear) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def lenet5(
-    *, num_classes: int = 10, in_channels: int = 1, image_size: int = 32, variance: float = 16.0
-) -> LeNet5:
+def lenet5(*, num_classes: int = 10, in_channels: int = 1, image_size: int = 32, variance: float = 16.0) -> LeNet5:
     """LeNet-5 (LeCun et al. 1998, section II.B): 60,000 parameters at the defaults.
 
     `variance` is that of the Gaussian whose negative log-likelihood an output is (section II.B): the paper's

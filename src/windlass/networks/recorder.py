@@ -194,7 +194,7 @@ class Recorder:
         node.weight_bytes += num_bytes
         if isinstance(weight, nn.Parameter):
             node.num_parameters += weight.numel()
-            node.weight_grad_bytes += num_bytes if weight.requires_grad else 0
+            node.weight_grad_bytes += num_bytes if weight.requires_grad and torch.is_grad_enabled() else 0
 
     # Operations
 
@@ -259,9 +259,7 @@ class FunctionObserver(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` as one node."""
         began = self.recorder.enter_function(getattr(func, "__name__", "function"))
         out = func(*args, **(kwargs or {}))
@@ -286,9 +284,7 @@ class OperationObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if namespace == "prim":  # asks a tensor for its device
             return out
         is_view = func.is_view or name in NO_WORK
-        self.recorder.operation(
-            name, (*args, *kwargs.values()), out, is_view=is_view, live_before=live_before
-        )
+        self.recorder.operation(name, (*args, *kwargs.values()), out, is_view=is_view, live_before=live_before)
         return out
 
 

@@ -141,9 +141,7 @@ def _init_he(network: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def resnet18(
-    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto"
-) -> ResNet:
+def resnet18(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto") -> ResNet:
     """ResNet-18 (He et al. 2016, table 1): 11,689,512 parameters at the defaults.
 
     `stem`: "imagenet" is the paper's 7x7/2 convolution with max-pooling, "cifar" a 3x3 convolution of stride
@@ -159,9 +157,7 @@ def resnet18(
     )
 
 
-def resnet34(
-    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto"
-) -> ResNet:
+def resnet34(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto") -> ResNet:
     """ResNet-34 (He et al. 2016, table 1): 21,797,672 parameters at the defaults.
 
     `stem`: "imagenet" is the paper's 7x7/2 convolution with max-pooling, "cifar" a 3x3 convolution of stride
@@ -177,9 +173,7 @@ def resnet34(
     )
 
 
-def resnet50(
-    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto"
-) -> ResNet:
+def resnet50(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto") -> ResNet:
     """ResNet-50 (He et al. 2016, table 1): 25,557,032 parameters at the defaults.
 
     `stem`: "imagenet" is the paper's 7x7/2 convolution with max-pooling, "cifar" a 3x3 convolution of stride
@@ -195,9 +189,7 @@ def resnet50(
     )
 
 
-def resnet101(
-    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto"
-) -> ResNet:
+def resnet101(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto") -> ResNet:
     """ResNet-101 (He et al. 2016, table 1): 44,549,160 parameters at the defaults.
 
     `stem`: "imagenet" is the paper's 7x7/2 convolution with max-pooling, "cifar" a 3x3 convolution of stride
@@ -213,9 +205,7 @@ def resnet101(
     )
 
 
-def resnet152(
-    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto"
-) -> ResNet:
+def resnet152(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, stem: Stem = "auto") -> ResNet:
     """ResNet-152 (He et al. 2016, table 1): 60,192,808 parameters at the defaults.
 
     `stem`: "imagenet" is the paper's 7x7/2 convolution with max-pooling, "cifar" a 3x3 convolution of stride

@@ -62,9 +62,7 @@ def _init_glorot(network: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def vgg11(
-    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5
-) -> VGG:
+def vgg11(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5) -> VGG:
     """VGG-11, configuration A (Simonyan and Zisserman 2015, table 1): 132,863,336 parameters at the defaults.
 
     Images of side 32 or more.
@@ -72,9 +70,7 @@ def vgg11(
     return VGG("A", num_classes=num_classes, in_channels=in_channels, image_size=image_size, dropout=dropout)
 
 
-def vgg16(
-    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5
-) -> VGG:
+def vgg16(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5) -> VGG:
     """VGG-16, configuration D (Simonyan and Zisserman 2015, table 1): 138,357,544 parameters at the defaults.
 
     Images of side 32 or more.
@@ -82,9 +78,7 @@ def vgg16(
     return VGG("D", num_classes=num_classes, in_channels=in_channels, image_size=image_size, dropout=dropout)
 
 
-def vgg19(
-    *, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5
-) -> VGG:
+def vgg19(*, num_classes: int = 1000, in_channels: int = 3, image_size: int = 224, dropout: float = 0.5) -> VGG:
     """VGG-19, configuration E (Simonyan and Zisserman 2015, table 1): 143,667,240 parameters at the defaults.
 
     Images of side 32 or more.

@@ -65,8 +65,10 @@ class UpdateRule:
                 raise ConfigError(f"update.{name}: {self.name} has no {name}; it has: {', '.join(accepted)}")
             if not math.isfinite(value) or value < 0:
                 raise ConfigError(f"update.{name}: needs a finite number of at least 0, got {value}")
-            if name in ("momentum", "beta1", "beta2", "dampening") and value >= 1 and name != "dampening":
+            if name in ("momentum", "beta1", "beta2") and value >= 1:
                 raise ConfigError(f"update.{name}: needs a number below 1, got {value}")
+            if self.name == "nesterov" and name == "momentum" and value == 0:
+                raise ConfigError(f"update.momentum: nesterov needs a number above 0, got {value}; sgd has none")
 
     def _given(self) -> dict[str, float]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}

@@ -67,12 +67,8 @@ class Plan:
             "input_shape": list(self.input_shape),
             "workers": self.workers,
             "batch": self.batch,
-            "levers": {
-                name: {"value": choice.value, "reason": choice.reason} for name, choice in self.levers.items()
-            },
-            "layers": {
-                layer.name: {"kind": layer.kind, "convolution": layer.convolution} for layer in self.layers
-            },
+            "levers": {name: {"value": choice.value, "reason": choice.reason} for name, choice in self.levers.items()},
+            "layers": {layer.name: {"kind": layer.kind, "convolution": layer.convolution} for layer in self.layers},
         }
 
 
@@ -128,7 +124,9 @@ def _layers(table: dict[str, object], where: str) -> tuple[LayerChoice, ...]:
         row = _mapping(given, f"{where}.{name}")
         _only(row, f"{where}.{name}", ("kind", "convolution"))
         algorithm = _possible(
-            "convolution", row.get("convolution", LEVERS["convolution"].default), f"{where}.{name}.convolution"
+            "convolution",
+            row.get("convolution", LEVERS["convolution"].default),
+            f"{where}.{name}.convolution",
         )
         layers.append(LayerChoice(name, str(row.get("kind", "")), str(algorithm)))
     return tuple(layers)
@@ -162,6 +160,6 @@ def _count(table: Mapping[str, object], name: str, where: str) -> int:
 
 def _shape(table: Mapping[str, object], where: str) -> tuple[int, ...]:
     value = table.get("input_shape")
-    if not isinstance(value, list) or not all(isinstance(n, int) and n > 0 for n in value):
+    if not isinstance(value, list) or not all(type(n) is int and n > 0 for n in value):
         raise ConfigError(f"{where}: input_shape: needs a list such as [1, 32, 32], got {value!r}")
     return tuple(value)

@@ -259,8 +259,7 @@ def thinned(x: Values, y: Values, *, color: str, label: str) -> Shape:
         kept = list(range(len(y)))
     else:
         ends = (
-            {min(span, key=y.__getitem__), max(span, key=y.__getitem__)}
-            for span in buckets(len(y), NUM_POINTS // 2)
+            {min(span, key=y.__getitem__), max(span, key=y.__getitem__)} for span in buckets(len(y), NUM_POINTS // 2)
         )
         kept = sorted({0, len(y) - 1}.union(*ends))
     return Shape(color=color, x=[x[i] for i in kept], y=[y[i] for i in kept], label=label)

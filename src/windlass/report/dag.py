@@ -78,9 +78,7 @@ def draw_graph(graph: Graph, path: Path) -> None:
         ConfigError: another suffix.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(
-            f"a graph is drawn as {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'!r}: {path}"
-        )
+        raise ConfigError(f"a graph is drawn as {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'!r}: {path}")
     ranks = layout(graph)
     columns = _fold(ranks)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -173,8 +171,7 @@ def _order(ranks: list[list[Slot]]) -> None:
             other = ranks[rank[0].rank - 1] if downward else ranks[rank[0].rank + 1]
             place = {id(slot): index / max(1, len(other) - 1) for index, slot in enumerate(other)}
             keys = {
-                id(slot): _mean([place[id(n)] for n in (slot.above if downward else slot.below)], 0.5)
-                for slot in rank
+                id(slot): _mean([place[id(n)] for n in (slot.above if downward else slot.below)], 0.5) for slot in rank
             }
             rank.sort(key=lambda slot, keys=keys: keys[id(slot)])  # type: ignore[misc]
 
@@ -266,8 +263,7 @@ def _draw_box(axes: Any, slot: Slot) -> None:
 
 
 def _draw_edge(axes: Any, source: Slot, target: Slot, *, gap: float | None) -> None:
-    """A curve that leaves downwards and arrives from above; through the gap between columns if one is
-    given."""
+    """A curve that leaves downwards and arrives from above; by way of a gap between columns."""
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Curve
 

@@ -280,9 +280,7 @@ FIGURES = (
         label="MACs per image",
         value=_of_graph(lambda graph: graph.forward_macs / _batch(graph)),
         text=units.count,
-        note=_graph_note(
-            lambda graph: f"forward; backward {units.count(graph.backward_macs / _batch(graph))}"
-        ),
+        note=_graph_note(lambda graph: f"forward; backward {units.count(graph.backward_macs / _batch(graph))}"),
     ),
     Figure(
         label="Peak memory, predicted",

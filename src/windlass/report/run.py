@@ -117,9 +117,7 @@ def finite(value: object) -> float | None:
 class _Metrics:
     """Gathers the rows of `metrics.jsonl` in the order in which they were written."""
 
-    steps: dict[str, array[float]] = field(
-        default_factory=lambda: {"step": array("d"), "seconds": array("d")}
-    )
+    steps: dict[str, array[float]] = field(default_factory=lambda: {"step": array("d"), "seconds": array("d")})
     epochs: list[Row] = field(default_factory=list)
     checkpoints: list[Row] = field(default_factory=list)
     resumes: list[Row] = field(default_factory=list)
@@ -200,9 +198,7 @@ def _read_metrics(path: Path, problems: list[str]) -> _Metrics:
         problems.append(f"The last line of {METRICS} (line {bad.pop()}) is half-written and was skipped.")
     if bad:
         lines_were = "line was" if len(bad) == 1 else "lines were"
-        problems.append(
-            f"{len(bad)} unreadable {lines_were} skipped in {METRICS}, the first at line {bad[0]}."
-        )
+        problems.append(f"{len(bad)} unreadable {lines_were} skipped in {METRICS}, the first at line {bad[0]}.")
     return metrics
 
 

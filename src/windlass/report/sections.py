@@ -95,9 +95,7 @@ def time(run: Run) -> Section | None:
             Cell(text=phase.label),
             Cell(text=mean_text),
             Cell(text=median_text),
-            Cell(
-                text=units.percent(mean_s / whole if whole else None), share=mean_s / whole if whole else None
-            ),
+            Cell(text=units.percent(mean_s / whole if whole else None), share=mean_s / whole if whole else None),
         )
         for (phase, mean_s), mean_text, median_text in zip(parts, means, medians, strict=False)
     )
@@ -159,16 +157,13 @@ def network(run: Run) -> Section | None:
     planned = run.plan.get("layers")
     algorithms = planned if isinstance(planned, dict) and planned else None
     sums = {column.title: sum(get(layer) for layer in layers) for column, get, _ in LAYER_COLUMNS}
-    most = {
-        column.title: max((get(layer) for layer in layers), default=0) for column, get, _ in LAYER_COLUMNS
-    }
+    most = {column.title: max((get(layer) for layer in layers), default=0) for column, get, _ in LAYER_COLUMNS}
 
     def cells(layer: Layer) -> tuple[Cell, ...]:
         words = [layer.name, layer.kind, *([_algorithm(algorithms, layer)] if algorithms else [])]
         words += [", ".join(layer.inputs), " × ".join(map(str, layer.output_shape))]
         numbers = (
-            _share_cell(get(layer), sums[column.title], most[column.title], text)
-            for column, get, text in LAYER_COLUMNS
+            _share_cell(get(layer), sums[column.title], most[column.title], text) for column, get, text in LAYER_COLUMNS
         )
         return (*(Cell(text=word) for word in words), *numbers)
 
@@ -306,9 +301,7 @@ def _time_course(run: Run, phases: dict[Phase, Sequence[float]]) -> Chart | None
     shapes = []
     for phase, values in phases.items():
         means = [1000 * mean(values[i] for i in span) for span in spans]
-        top = [
-            low + (value if math.isfinite(value) else 0.0) for low, value in zip(floor, means, strict=True)
-        ]
+        top = [low + (value if math.isfinite(value) else 0.0) for low, value in zip(floor, means, strict=True)]
         shapes.append(Shape(color=phase.color, x=x, y=top, low=floor, label=phase.label, style="area"))
         floor = top
     typical, tallest = median(floor) or 0.0, max(floor)
@@ -332,22 +325,16 @@ def _epochs(run: Run) -> Table | None:
     if not run.epochs:
         return None
     best = best_epoch(run)
-    shown = [
-        spec for spec in EPOCH_COLUMNS if any(finite(row.get(spec[1])) is not None for row in run.epochs)
-    ]
+    shown = [spec for spec in EPOCH_COLUMNS if any(finite(row.get(spec[1])) is not None for row in run.epochs)]
 
     def cell(row: Row, key: str, text: Callable[[float | None], str]) -> Cell:
         value = finite(row.get(key))
         exact = "" if value is None else units.significant(value, digits=8)
         return Cell(text=text(value), exact=exact, best=row is best and key == "test_accuracy")
 
-    rows = tuple(
-        (Cell(text=epochs_done(row)), *(cell(row, k, text) for _, k, text in shown)) for row in run.epochs
-    )
+    rows = tuple((Cell(text=epochs_done(row)), *(cell(row, k, text) for _, k, text in shown)) for row in run.epochs)
     columns = (Column(title="epochs done"), *(Column(title=title, is_number=True) for title, _, _ in shown))
-    return Table(
-        title="Epochs", columns=columns, rows=rows, is_sortable=True, is_folded=len(rows) > MANY_ROWS
-    )
+    return Table(title="Epochs", columns=columns, rows=rows, is_sortable=True, is_folded=len(rows) > MANY_ROWS)
 
 
 EPOCH_COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
@@ -381,9 +368,7 @@ def _checkpoints(run: Run) -> Table | None:
         workers = finite(row.get("workers"))
         note = "" if workers is None else f"with {workers:.0f} worker{'' if workers == 1 else 's'}"
         step = float(row["step"])
-        events.append(
-            (step, (Cell(text="resumed"), Cell(text=f"{step:,.0f}"), Cell(text=""), Cell(text=note)))
-        )
+        events.append((step, (Cell(text="resumed"), Cell(text=f"{step:,.0f}"), Cell(text=""), Cell(text=note))))
     if not events:
         return None
     columns = (
@@ -393,9 +378,7 @@ def _checkpoints(run: Run) -> Table | None:
         Column(title="note"),
     )
     rows = tuple(cells for _, cells in sorted(events, key=lambda event: event[0]))
-    return Table(
-        title="Checkpoints", columns=columns, rows=rows, is_wide=False, is_folded=len(rows) > MANY_ROWS
-    )
+    return Table(title="Checkpoints", columns=columns, rows=rows, is_wide=False, is_folded=len(rows) > MANY_ROWS)
 
 
 def _algorithm(planned: Row, layer: Layer) -> str:
@@ -414,9 +397,7 @@ def _share_cell(value: int, whole: int, most: int, text: Callable[[float | None]
 
 def _lever(name: str, lever: Any) -> tuple[Cell, ...]:
     if isinstance(lever, dict):
-        return tuple(
-            Cell(text=text) for text in (name, text_of(lever.get("value")), str(lever.get("reason") or ""))
-        )
+        return tuple(Cell(text=text) for text in (name, text_of(lever.get("value")), str(lever.get("reason") or "")))
     return tuple(Cell(text=text) for text in (name, text_of(lever), ""))
 
 

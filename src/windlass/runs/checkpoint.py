@@ -9,6 +9,7 @@ Safetensors does not notice a flipped bit, so every file is checked against its 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import zlib
@@ -67,7 +68,9 @@ def write_checkpoint(folder: Path, *, weights: Tensors, state: Tensors, manifest
         files = {}
         for file, tensors in ((WEIGHTS, weights), (STATE, state)):
             # Copies: tensors that share memory (views of one flat tensor) are not for safetensors.
-            data = safetensors.torch.save({key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()})
+            data = safetensors.torch.save(
+                {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+            )
             write_durably(temporary / file, data)
             files[file] = {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
         body = {"schema": SCHEMA, **manifest, "files": files}
@@ -87,9 +90,15 @@ def write_checkpoint(folder: Path, *, weights: Tensors, state: Tensors, manifest
 def _replace(temporary: Path, final: Path) -> None:
     """Renames a folder, moving aside one of that name: the same step comes again after some resumes."""
     aside = final.with_name(f".{final.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)  # a crash may have left one
     if final.exists():
         final.rename(aside)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -137,7 +146,11 @@ def find_checkpoint(folder: Path, name: str = "") -> Path:
     if problem is None:
         return path
     good = next((other for other in reversed(present) if other != path and damage(other) is None), None)
-    offer = f"the newest undamaged checkpoint is {good.name}: add --resume-from {good.name}" if good else "no other is whole"
+    offer = (
+        f"the newest undamaged checkpoint is {good.name}: add --resume-from {good.name}"
+        if good
+        else "no other is whole"
+    )
     raise DataError(f"checkpoint {path.name} is damaged: {problem}; {offer}")
 
 
@@ -158,8 +171,11 @@ def rotate(folder: Path, *, keep_last: int, keep_best: int, metric: str, lower: 
         folder: the run's ``checkpoints`` folder.
         keep_last: how many of the newest stay.
         keep_best: how many of the best by `metric` stay besides.
-        metric: a key of the manifests' ``metrics``.
+        metric: a key of the manifests' ``metrics``; a checkpoint without it, or with NaN, is never the best.
         lower: whether a lower value is better.
+
+    Raises:
+        WriteError: ``last`` or ``best`` cannot be written.
     """
     present = list_checkpoints(folder)
     rated = [(value, path) for path in present if (value := _metric(path, metric)) is not None]
@@ -180,14 +196,17 @@ def _metric(path: Path, name: str) -> float | None:
         value = json.loads((path / MANIFEST).read_bytes())["metrics"].get(name)
     except (OSError, ValueError, KeyError, AttributeError):
         return None
-    return None if value is None else float(value)
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def _point(link: Path, target: Path) -> None:
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    temporary.replace(link)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target.name)
+        temporary.replace(link)
+    except OSError as error:
+        raise WriteError(f"cannot write {link}: {error.strerror or error}") from None
 
 
 def _manifest_crc(body: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ def choose_folder(out: str, *, network: str, source: str, resume: bool) -> Path:
 
     Raises:
         ConfigError: the folder holds something already and the run does not resume.
+        WriteError: the folder cannot even be looked at.
     """
     if not out:
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{network}-{source.split(':')[0]}")
@@ -32,9 +33,14 @@ def choose_folder(out: str, *, network: str, source: str, resume: bool) -> Path:
             number += 1
         return Path(f"runs/{stem}-{number:03d}")
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
+    try:
+        is_file = folder.exists() and not folder.is_dir()
+        is_occupied = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise WriteError(f"cannot write {folder}: {error.strerror or error}") from None
+    if is_file:
         raise ConfigError(f"--out {folder}: is a file, not a folder")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    if not resume and is_occupied:
         raise ConfigError(f"--out {folder}: is not empty; add --resume to go on with the run in it, or name another")
     return folder
 
@@ -60,7 +66,9 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(parent).free
 
 
-def write_folder(folder: Path, *, config: Mapping[str, Any], plan: Plan, graph: Graph, machine: Mapping[str, Any]) -> None:
+def write_folder(
+    folder: Path, *, config: Mapping[str, Any], plan: Plan, graph: Graph, machine: Mapping[str, Any]
+) -> None:
     """Makes the run folder with everything that is known before the first step.
 
     Raises:

@@ -37,6 +37,8 @@ class MetricsWriter:
         kept = [row for row in read_rows(self._path) if row.get("step", 0) <= step and row["kind"] != "end"]
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._epochs = [row for row in kept if row["kind"] == "epoch"]
+        if self._csv.exists():
+            write_atomically(self._csv, _csv_text(self._epochs))
         self._file = self._path.open("a")
         self._flushed = time.monotonic()
         with warnings.catch_warnings():
@@ -56,23 +58,32 @@ class MetricsWriter:
             if row["kind"] != "step" or time.monotonic() - self._flushed > FLUSH_S:
                 self._file.flush()
                 self._flushed = time.monotonic()
+            self._show(row)
         except OSError as error:
-            raise WriteError(f"cannot write {self._path}: {error.strerror}") from None
+            raise WriteError(f"cannot write {self._path}: {error.strerror or error}") from None
         if row["kind"] == "epoch":
             self._epochs.append(dict(row))
             write_atomically(self._csv, _csv_text(self._epochs))
-        self._show(row)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        self._file.close()
-        self._board.close()
+        """Flushes and closes the files.
+
+        Raises:
+            WriteError: the last rows do not fit on the disk.
+        """
+        try:
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
+        except OSError as error:
+            raise WriteError(f"cannot write {self._path}: {error.strerror or error}") from None
 
     def _show(self, row: Row) -> None:
         names = {"step": ("loss", "accuracy", "lr"), "epoch": EPOCH_COLUMNS[3:]}.get(row["kind"], ())
         for name in names:
             if row.get(name) is not None:
-                self._board.add_scalar(f"{row['kind']}/{name}", row[name], row["step"])  # type: ignore[no-untyped-call]
+                self._board.add_scalar(f"{row['kind']}/{name}", row[name], row["step"])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

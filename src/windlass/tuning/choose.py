@@ -57,7 +57,7 @@ def _in_channels(graph: Graph, inputs: tuple[str, ...]) -> int:
 
 
 def _overlap(graph: Graph, workers: int) -> Choice:
-    bucket_bytes = LEVERS["bucket_bytes"].default
+    bucket_bytes = int(LEVERS["bucket_bytes"].default)
     gradient_bytes = graph.memories()["∇W"]
     if workers == 1:
         return Choice(False, "one worker sends nothing")
