@@ -1,6 +1,7 @@
 """Configuration: layers, types, ranges, YAML out and in."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from windlass.optim.rules import UPDATE_RULES
 from windlass.runs.files import to_yaml
 
 
+@pytest.fixture
+def no_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "RECIPES", {})
+
+
 def configured(text: str) -> TrainConfig:
     return config_from_layers([assignment(text)])
 
@@ -37,7 +43,7 @@ def refused(*layers: dict[str, Any]) -> str:
 # --- layers -----------------------------------------------------------------------------------------------
 
 
-def test_no_layer_gives_the_defaults() -> None:
+def test_no_layer_gives_the_defaults(no_recipes: None) -> None:
     assert config_from_layers([]) == TrainConfig()
 
 
@@ -78,6 +84,12 @@ def test_a_recipe_stands_between_defaults_and_layers(recipe: None) -> None:
     assert (config.update.name, config.update.lr, config.update.momentum) == ("nesterov", 0.5, 0.8)
     assert (config.schedule.name, config.schedule.floor) == ("linear", 0.1)
     assert config_from_layers([{"network": "vgg11"}, {"epochs": 1}]).epochs == 1
+
+
+@pytest.mark.parametrize("network", config_module.RECIPES)
+def test_every_recipe_is_a_configuration_and_changes_something(network: str) -> None:
+    with_recipe = config_from_layers([{"network": network}])
+    assert with_recipe != TrainConfig(network=network)
 
 
 def test_a_recipe_is_of_one_network_only(recipe: None) -> None:
@@ -189,14 +201,12 @@ def test_a_part_that_is_no_mapping_is_refused(key: str, value: Any) -> None:
     assert refused({key: value}).startswith(f"{key}: needs keys of its own")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    on: bool = False
+
+
 def test_a_boolean_must_be_one() -> None:
-    from dataclasses import dataclass
-
-    @dataclass(frozen=True, kw_only=True)
-    class Switch:
-        on: bool = False
-
-    # The annotations of a class in a function are texts only under `from __future__ import annotations`.
     assert build_config(Switch, {"on": True}, "").on is True
     for value in (1, "true", None):
         with pytest.raises(ConfigError, match=r"^lamp\.on: needs true or false, got"):

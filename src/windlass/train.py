@@ -41,6 +41,8 @@ from windlass.runs.folder import check_writable, choose_folder
 if TYPE_CHECKING:
     import torch
 
+    from windlass.loop import Summary
+
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
@@ -74,7 +76,7 @@ class Result:
 
 def train(
     network: str | torch.nn.Module = "lenet5",
-    data: str = "digits",
+    data: str | Mapping[str, Any] = "digits",
     *,
     plan: str | Path | Plan | None = None,
     progress: bool = True,
@@ -88,7 +90,7 @@ def train(
 
     Args:
         network: a built-in name, ``package.module:function``, or a module (one worker only).
-        data: a data source, e.g. ``"digits"`` or ``"mnist:PATH"``.
+        data: a data source, e.g. ``"digits"`` or ``"mnist:PATH"``, or keys of `DataConfig`.
         plan: a plan or a plan file; None lets Windlass choose.
         progress: whether to show progress on a terminal.
         on_event: called with every event (rank 0's), as mappings with a ``kind``.
@@ -101,7 +103,7 @@ def train(
         WindlassError: one of `windlass.errors`, with the exit status of the command in ``exit_code``.
     """
     module = None if isinstance(network, str) else network
-    data_options = {"source": data, **options.pop("data", {})}
+    data_options = {"source": data} if isinstance(data, str) else data
     name = network if isinstance(network, str) else "lenet5"
     with tempfile.TemporaryDirectory(prefix="windlass-") as scratch:
         if isinstance(plan, Plan):
@@ -213,13 +215,14 @@ def execute(job: Job, *, on_event: OnEvent, module: torch.nn.Module | None = Non
     """
     collector = _Collector(on_event)
     if world_from_environment() is not None or job.config.workers == 1:
-        _run_here(job, collector, module, watch)
+        summary = _run_here(job, collector, module, watch)
+        collector.end = collector.end or {**summary.__dict__, "best": None}  # only rank 0 sees events
     else:
         _launch(job, collector)
     return collector.result(Path(job.folder))
 
 
-def _run_here(job: Job, on_event: OnEvent, module: torch.nn.Module | None, watch: bool) -> None:
+def _run_here(job: Job, on_event: OnEvent, module: torch.nn.Module | None, watch: bool) -> Summary:
     """This process is the rank."""
     world = join_world(job.config.workers)
     stop = StopRequest()
@@ -243,7 +246,7 @@ def _run_here(job: Job, on_event: OnEvent, module: torch.nn.Module | None, watch
 
     try:
         with _signals(stop.install):
-            run_rank(job, world, emit=emit, stop=stop, note=watchdog.note, module=module)
+            return run_rank(job, world, emit=emit, stop=stop, note=watchdog.note, module=module)
     except WindlassError:
         raise
     except Exception:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Any
 
-import click
 import typer
 
 from windlass.cli import bench, inspect, plan, report, train
 from windlass.errors import EXIT_CODES, WindlassError
+
+# Typer brings its own Click in newer releases and uses the installed one before; these are its classes either way.
+UsageError: Any = typer.BadParameter.__bases__[0]
+ClickException: Any = UsageError.__bases__[0]
 
 EPILOG = "Exit status: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
 
@@ -49,15 +53,15 @@ def version_option(
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status; every error of a person's making is one line."""
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="windlass", standalone_mode=False)
     except WindlassError as error:
         return _fail(str(error), error.exit_code)
-    except click.UsageError as error:
+    except UsageError as error:
         command = error.ctx.command_path if error.ctx else "windlass"
         return _fail(f"{error.format_message()} (see {command} --help)", 2)
-    except click.ClickException as error:
+    except ClickException as error:
         return _fail(error.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ import typer
 
 from windlass.config import assignment, config_file
 from windlass.display import make_display
+from windlass.engine.world import world_from_environment
 from windlass.errors import ConfigError
 from windlass.train import execute, make_job
 
@@ -81,7 +82,8 @@ def display_mode(*, quiet: bool, json_lines: bool) -> str:
     """The display for ``--quiet`` and ``--json``."""
     if quiet and json_lines:
         raise ConfigError("--quiet and --json exclude each other")
-    return "json" if json_lines else "quiet" if quiet else "auto"
+    rank, _ = world_from_environment() or (0, 1)
+    return "quiet" if quiet or rank != 0 else "json" if json_lines else "auto"
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

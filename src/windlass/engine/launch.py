@@ -26,7 +26,7 @@ from windlass.errors import EXIT_CODES, ConfigError, LostRankError
 
 STOP_GRACE_S = 120.0
 """Seconds that ranks have for their checkpoint after a request to stop."""
-LAST_LINES = 12
+LAST_LINES = 40
 """How many of a dead rank's last lines are shown."""
 SILENT_S = 10.0
 """A rank whose signs of life are this much later than the stall limit is stopped or unreachable."""
@@ -83,14 +83,20 @@ def find_mpiexec() -> str:
 
 def mpiexec_command(num_ranks: int, program: Sequence[str]) -> list[str]:
     """The command that starts `program` on so many ranks of this host."""
+    # mpi4py.run ends every rank when one raises; only the main thread of a rank speaks MPI.
+    rank = [sys.executable, "-m", "mpi4py", "-rc", "thread_level='funneled'", *program]
+    return [find_mpiexec(), *mpiexec_options(num_ranks), *rank]
+
+
+def mpiexec_options(num_ranks: int) -> list[str]:
+    """What ``mpiexec`` must be told on this host."""
     # Ranks get their cores from their number of threads; bound to one core each, threads would share it.
-    command = [find_mpiexec(), "-n", str(num_ranks), "--bind-to", "none"]
+    command = ["-n", str(num_ranks), "--bind-to", "none"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
     if num_ranks > num_cores():
         command.append("--oversubscribe")
-    # mpi4py.run ends every rank when one raises; only the main thread of a rank speaks MPI.
-    return [*command, sys.executable, "-m", "mpi4py", "-rc", "thread_level='funneled'", *program]
+    return command
 
 
 class Launcher:
@@ -124,6 +130,7 @@ class Launcher:
         self._errors: list[Message] = []
         self._lost: LostRankError | None = None
         self._dead: _Rank | None = None
+        self._silent: list[str] = []
         self._stop_reason: str | None = None
         self._stop_deadline = float("inf")
         self._told = 0
@@ -207,7 +214,9 @@ class Launcher:
             case "event":
                 self._on_event(message["event"])
             case "error":
-                self._errors.append(message | {"rank": rank.rank, "host": rank.host, "at": time.monotonic()})
+                self._errors.append(message | {"at": time.monotonic(), "host": rank.host, "rank": rank.rank})
+                if len(self._errors) == 1:  # when ranks wait in vain: for whom?
+                    self._silent = [_silence(r) for r in self._ranks if r.silent_s() > 2.5 * BEAT_S]
             case "bye":
                 rank.code = message["code"]
 
@@ -223,6 +232,7 @@ class Launcher:
         assert self._dead is not None
         cause = [line.strip(" .") for line in _last_lines(folder / "mpiexec.log") if "signal" in line]
         last = _last_lines(folder / f"rank-{self._dead.rank}.log")
+        last = [line for line in last if not line.startswith("Extension modules:")]
         lines = [f"  {line}" for line in [*cause[-1:], *last]]
         return "\n".join([str(self._lost), *lines])
 
@@ -278,9 +288,8 @@ class Launcher:
     def _first_error(self) -> Outcome:
         """One line for all ranks that say the same; where and the traceback for an internal error."""
         error = self._errors[0]
-        if error["code"] == LostRankError.exit_code:  # a rank waited in vain: for whom?
-            silent = [_silence(rank) for rank in self._ranks if error["at"] - rank.heard > 2.5 * BEAT_S]
-            return Outcome(error["code"], "; ".join([error["message"], *silent]))
+        if error["code"] == LostRankError.exit_code:
+            return Outcome(error["code"], "; ".join([error["message"], *self._silent]))
         if error["code"] != 1:
             return Outcome(error["code"], error["message"])
         return Outcome(1, f"internal error on rank {error['rank']} ({error['host']}):\n{error['message']}")
