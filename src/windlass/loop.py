@@ -153,7 +153,8 @@ class Trainer:
     def step(self, batch: Batch) -> Agreed:
         """One step of synchronous SGD on this rank's shard; the update is left out when something is bad."""
         timer, progress = self._timer, self.progress
-        torch.manual_seed(step_seed(self.config.seed, step=progress.step, rank=self.world.rank))
+        # Not torch.manual_seed: it queues a call for a GPU, with its traceback, at a millisecond a step.
+        torch.default_generator.manual_seed(step_seed(self.config.seed, step=progress.step, rank=self.world.rank))
         self.averager.begin()
         with timer.part("forward"):
             self._note("forward", progress.step + 1)

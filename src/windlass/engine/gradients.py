@@ -58,6 +58,7 @@ class _Bucket:
     start: int
     stop: int
     members: list[int] = field(default_factory=list)
+    views: dict[int, torch.Tensor] = field(default_factory=dict)
     missing: set[int] = field(default_factory=set)
     request: Request | None = None
     total: torch.Tensor | None = None
@@ -148,8 +149,7 @@ class GradientAverager:
     def _add_hooks(self) -> None:
         for bucket in self._buckets:
             for index in bucket.members:
-                view = bucket.group.view(bucket.group.own, index)
-                hook = self._hook(bucket, index, view)
+                hook = self._hook(bucket, index, bucket.views[index])
                 bucket.group.parameters[index].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def _hook(self, bucket: _Bucket, index: int, view: torch.Tensor):  # type: ignore[no-untyped-def]
@@ -173,7 +173,7 @@ class GradientAverager:
         views, gradients = [], []
         for index in sorted(bucket.missing):
             parameter = bucket.group.parameters[index]
-            view = bucket.group.view(bucket.group.own, index)
+            view = bucket.views[index]
             if parameter.grad is None:
                 view.zero_()
             else:
@@ -200,6 +200,7 @@ def _cut(group: FlatGroup, bucket_bytes: int) -> list[_Bucket]:
     for index, end in enumerate(ends):
         members.append(index)
         if (end - start) * group.own.element_size() >= bucket_bytes or index == len(ends) - 1:
-            buckets.append(_Bucket(group, start, end, members))
+            views = {member: group.view(group.own, member) for member in members}
+            buckets.append(_Bucket(group, start, end, members, views))
             start, members = end, []
     return buckets

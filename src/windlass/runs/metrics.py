@@ -17,6 +17,8 @@ from windlass.runs.files import write_atomically
 Row = Mapping[str, Any]
 FLUSH_S = 1.0
 """Rows reach the disk at least this often while rows come."""
+BOARD_S = 0.05
+"""Steps go to TensorBoard no oftener than this."""
 EPOCH_COLUMNS = (
     "epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
     "images_per_s", "seconds", "data_share",
@@ -40,7 +42,7 @@ class MetricsWriter:
         if self._csv.exists():
             write_atomically(self._csv, _csv_text(self._epochs))
         self._file = self._path.open("a")
-        self._flushed = time.monotonic()
+        self._flushed = self._boarded = time.monotonic()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter
@@ -80,6 +82,10 @@ class MetricsWriter:
             raise WriteError(f"cannot write {self._path}: {error.strerror or error}") from None
 
     def _show(self, row: Row) -> None:
+        """TensorBoard's rows; of quick steps not every one, since an event takes longer than a row of JSON."""
+        if row["kind"] == "step" and time.monotonic() - self._boarded < BOARD_S:
+            return
+        self._boarded = time.monotonic()
         names = {"step": ("loss", "accuracy", "lr"), "epoch": EPOCH_COLUMNS[3:]}.get(row["kind"], ())
         for name in names:
             if row.get(name) is not None:
