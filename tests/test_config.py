@@ -215,9 +215,9 @@ def test_a_boolean_must_be_one() -> None:
 
 # --- unknown keys -----------------------------------------------------------------------------------------
 
-UNKNOWN = [
+UNKNOWN: list[tuple[Any, str, str]] = [
     ({"epoch": 3}, "unknown configuration key 'epoch'; did you mean 'epochs'", "workers"),
-    ({"data": {"sorce": "digits"}}, "unknown configuration key 'data.sorce'; did you mean 'data.source'", "data.holdout"),
+    ({"data": {"sorce": ""}}, "unknown configuration key 'data.sorce'; did you mean 'data.source'", "data.holdout"),
     ({"update": {"learn": 1}}, "unknown configuration key 'update.learn'", "update.momentum"),
     ({"checkpoint": {"keep": 1}}, "unknown configuration key 'checkpoint.keep'", "checkpoint.keep_best"),
     ({1: 2}, "unknown configuration key '1'. There are", "epochs"),
@@ -303,7 +303,7 @@ def test_assignment(text: str, mapping: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("text", ["", "epochs", "=3", " =3"])
 def test_what_is_no_assignment_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="^--set: needs key=value"):
+    with pytest.raises(ConfigError, match=r"^--set: needs key=value"):
         assignment(text)
 
 

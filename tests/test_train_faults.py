@@ -207,3 +207,47 @@ def test_a_full_disk_is_5_and_the_old_checkpoint_survives(windlass: Windlass, tm
     names = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert names == ["best", "last", "step-00000023"]
     assert windlass("train", "--out", "out", "--resume", "--epochs", "2").code == 0
+
+
+@pytest.mark.mpi
+def test_an_image_that_only_one_rank_reads_ends_all_with_3(windlass: Windlass, tmp_path: Path) -> None:
+    """Found in the middle of an epoch by one rank; the other would wait for ever if it did not hear of it."""
+    import numpy as np
+    from PIL import Image
+
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(20):
+            pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{number:02d}.jpg")
+    bad = tmp_path / "data" / "a" / "07.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    options = ("--set", "data.image_size=32", "--set", "data.holdout=0.1", "--epochs", "3", "--batch", "8")
+    done = windlass("train", "lenet5", "--data", "folder:data", "--workers", "2", "--out", "out", *options)
+    assert done.code == 3, done.err
+    assert len(done.err.splitlines()) == 1
+    assert f"{bad.name}: cannot be decoded" in done.err
+
+
+@pytest.mark.mpi
+def test_a_disk_that_fills_under_the_metrics_ends_all_with_5(windlass: Windlass, tmp_path: Path) -> None:
+    """Rank 0's kernel refuses files over 40 kB after some steps; metrics.jsonl, a line a step, gets there first."""
+    (tmp_path / "small.py").write_text(
+        textwrap.dedent(
+            """
+            import os, resource
+            from windlass.networks import build_network
+            def net(**arguments):
+                def limit(*_):
+                    if os.environ["OMPI_COMM_WORLD_RANK"] == "0":
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+                network = build_network("lenet5", **arguments)
+                network.output.register_full_backward_hook(limit)
+                return network
+            """
+        )
+    )
+    arguments = ("--set", "data.image_size=32", "--set", "checkpoint.every_epochs=0", "--epochs", "30")
+    done = windlass("train", "small:net", *arguments, "--workers", "2", "--out", "out")
+    assert done.code == 5, done.err
+    assert done.err.splitlines()[-1].startswith("windlass: cannot write out/metrics.jsonl")

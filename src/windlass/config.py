@@ -168,11 +168,16 @@ class TrainConfig:
         return mapping
 
 
+def _recipe(lr: float, weight_decay: float) -> dict[str, Any]:
+    return {"update": {"name": "momentum", "lr": lr, "weight_decay": weight_decay}}
+
+
 RECIPES: dict[str, dict[str, Any]] = {
-    "lenet5": {
-        "update": {"name": "momentum", "lr": 0.1, "weight_decay": 5e-4},
-        "data": {"augment": ["shift:1"]},
-    },
+    "lenet5": {**_recipe(0.1, 5e-4), "data": {"augment": ["shift:1"]}},
+    "alexnet": _recipe(0.01, 5e-4),  # Krizhevsky 2014, at batch 128
+    **dict.fromkeys(("vgg11", "vgg16", "vgg19"), _recipe(0.01, 5e-4)),  # Simonyan and Zisserman 2015
+    "googlenet": _recipe(0.01, 2e-4),
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), _recipe(0.05, 1e-4)),
 }
 """What a network trains well with where nobody says otherwise, as configuration mappings by network name."""
 

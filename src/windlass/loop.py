@@ -1,7 +1,7 @@
 """Synchronous data-parallel SGD on one rank: the loop that every run goes through.
 
 One step: take this rank's shard of the global batch, run forward and backward, sum the gradients over the
-ranks (during the backward pass where the plan says so), agree, update.  ``Agree`` is one small sum of six
+ranks (during the backward pass where the plan says so), agree, update.  ``Agree`` is one small sum of seven
 numbers that carries the batch's loss and accuracy, and whether any rank was asked to stop, saw a number that
 is not finite, or wants a checkpoint: all ranks take the same branch in the same step, so none is left waiting.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from windlass.engine.prefetch import prefetch
 from windlass.engine.timing import StepTimer
 from windlass.engine.watch import StopRequest
 from windlass.engine.world import sum_array, sum_over
-from windlass.errors import DataError, NonFiniteError, StoppedError
+from windlass.errors import DataError, NonFiniteError, StoppedError, WindlassError, WriteError
 from windlass.optim.build import build_optimizer, set_learning_rate
 from windlass.prepare import Prepared
 from windlass.runs.checkpoint import list_checkpoints, rotate, write_checkpoint
@@ -86,6 +86,7 @@ class Agreed:
     stop: bool
     bad: bool
     checkpoint: bool
+    failed: bool
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class Trainer:
         self._started = self._shown = self._saved = time.monotonic()
         self._first_step = 0
         self._last: dict[str, float] = {}
+        self._failure: WindlassError | None = None  # met on this rank alone; all ranks hear of it when they agree
         self._restore()
 
     def run(self) -> Summary:
@@ -169,6 +171,8 @@ class Trainer:
             local_loss = loss.item() if loss is not None else 0.0
             agreed = self._agree(local_loss, correct, len(batch.labels), finite)
             self.averager.wait()
+        if agreed.failed:
+            self._raise_failure()
         if agreed.bad:
             self._report_bad(local_loss, finite)
         with timer.part("update"):
@@ -195,7 +199,7 @@ class Trainer:
             self._timer.begin()
             with self._timer.part("data"):
                 self._note("waiting for data", progress.step + 1)
-                batch = next(batches)
+                batch = self._next(batches)
             lr = self.learning_rate
             agreed = self.step(batch)
             progress.position += 1
@@ -205,7 +209,7 @@ class Trainer:
             if agreed.checkpoint:
                 self._save({})
 
-    def _fetch(self, server: BatchServer, steps: range):  # type: ignore[no-untyped-def]
+    def _fetch(self, server: BatchServer, steps: range) -> Iterator[Batch]:
         epoch, files = self.progress.epoch, self.prepared.dataset.varied_sizes
         threads = self.config.data.threads or self.prepared.threads
         return prefetch(
@@ -214,6 +218,26 @@ class Trainer:
             num_threads=threads,
             ahead=FETCH_AHEAD * threads if files else 0,
         )
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, or an empty one when this rank's data is bad: the others must not wait for it."""
+        try:
+            return next(batches)
+        except DataError as error:
+            self._failure = error
+            none = torch.empty(0, dtype=torch.int64)
+            return Batch(torch.empty(0), none, 1, none.numpy())
+
+    def _raise_failure(self) -> None:
+        """Raises, on every rank, the first failure that some rank has met alone."""
+        raise next(error for error in self.world.gather(self._failure) if error is not None)
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.write(row)
+        except WriteError as error:
+            self._failure = error
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor | None, float]:
         """This rank's part of the batch's mean loss, and how many it got right."""
@@ -234,9 +258,11 @@ class Trainer:
                 self._stop.reason is not None,
                 not (finite and math.isfinite(loss)),
                 self._checkpoint_due(),
+                self._failure is not None,
             ],
         )
-        return Agreed(sums[0], sums[1], sums[2], sums[3] > 0, sums[4] > 0, sums[5] > 0)
+        stop, bad, checkpoint, failed = (count > 0 for count in sums[3:])
+        return Agreed(sums[0], sums[1], sums[2], stop, bad, checkpoint, failed)
 
     def _checkpoint_due(self) -> bool:
         """Only rank 0's clock counts."""
@@ -275,8 +301,8 @@ class Trainer:
             "images": int(agreed.seen),
             **times,
         }
-        if self._writer is not None and progress.step % self.config.log_every == 0:
-            self._writer.write(row)
+        if progress.step % self.config.log_every == 0:
+            self._write_row(row)
         if self.world.rank == 0 and time.monotonic() - self._shown > SHOW_S:
             self._shown = time.monotonic()
             self._emit({**row, "eta_s": self.remaining_s(), **self.running()})
@@ -313,8 +339,7 @@ class Trainer:
         self._last = metrics | {"images_per_s": running["images_per_s"], "data_share": running["data_share"]}
         row = {"kind": "epoch", "epoch": progress.epoch, "step": progress.step, "lr": self.learning_rate,
                **self._last, "seconds": progress.epoch_s}  # fmt: skip
-        if self._writer is not None:
-            self._writer.write(row)
+        self._write_row(row)
         if self.world.rank == 0:
             self._emit({**row, "eta_s": self.remaining_s()})
         ends = self._no_longer_improves(metrics)
@@ -341,12 +366,16 @@ class Trainer:
         """
         average_buffers(self.module, self.world)
         self.module.eval()
-        server, total = self.prepared.test, [0.0, 0.0, 0.0, 0.0]
+        server, total = self.prepared.test, [0.0, 0.0, 0.0, 0.0, 0.0]
+        batches = self._fetch(server, range(server.num_steps))
         with torch.inference_mode():
-            for number, batch in enumerate(self._fetch(server, range(server.num_steps))):
+            for number in range(server.num_steps):
                 self._note("evaluation", number + 1)
-                parts = sum_over(self.world, [*self._score(batch), float(self._stop.reason is not None)])
+                score = self._score(self._next(batches))
+                parts = sum_over(self.world, [*score, self._stop.reason is not None, self._failure is not None])
                 total = [a + b for a, b in zip(total, parts, strict=True)]
+                if total[4] > 0:
+                    self._raise_failure()
                 if total[3] > 0:
                     break
         self.module.train()
@@ -375,8 +404,8 @@ class Trainer:
         """Writes a checkpoint; every rank takes part, rank 0 writes."""
         self._note("checkpoint", self.progress.step)
         ranks = gather_rank_tensors(self.module, self.world)
-        failure: Exception | None = None
-        if self.world.rank == 0:
+        failure: Exception | None = self._failure
+        if self.world.rank == 0 and failure is None:
             try:
                 self._write(metrics, ranks)
             except Exception as error:
@@ -413,8 +442,7 @@ class Trainer:
             lower=better_when_lower(rules.monitor),
         )
         row = {"kind": "checkpoint", "step": self.progress.step, "name": path.name, "best": best == path}
-        if self._writer is not None:
-            self._writer.write(row)
+        self._write_row(row)
         self._emit(row)
 
     def _restore(self) -> None:

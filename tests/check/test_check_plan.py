@@ -79,7 +79,8 @@ def test_an_unknown_lever_is_refused_with_the_near_one() -> None:
 MUTANTS: list[tuple[dict[str, Any], str]] = [
     ({"network": "other"}, "p.yaml: network: the plan is for other, this run trains small"),
     ({"input_shape": (3, 8, 8)}, "p.yaml: input_shape: the plan is for samples of shape 3×8×8, this run has 1×8×8"),
-    ({"graph": "sha256:00"}, f"p.yaml: graph: the plan is for another form of small (sha256:00; this run's is {GRAPH.digest()})"),
+    ({"graph": "sha256:00"}, "p.yaml: graph: the plan is for another form of small (sha256:00; this run's is "
+     f"{GRAPH.digest()})"),
     ({"batch": 1}, "p.yaml: batch: 2 workers need a batch of at least 2, got 1"),
     ({"layers": (LayerChoice("c3", "conv2d", "torch"),)},
      "p.yaml: layers: unknown convolution 'c3'; did you mean 'c2' or 'c1'? There are: c1, c2"),

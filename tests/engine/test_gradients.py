@@ -102,9 +102,7 @@ class Ranks:
 def averager_of(
     module: nn.Module, ranks: Ranks, *, bucket_bytes: int, overlap: bool, alone: bool = False
 ) -> GradientAverager:
-    return GradientAverager(
-        module, start_sum=ranks.start_sum, bucket_bytes=bucket_bytes, overlap=overlap, alone=alone
-    )
+    return GradientAverager(module, start_sum=ranks.start_sum, bucket_bytes=bucket_bytes, overlap=overlap, alone=alone)
 
 
 def run(averager: GradientAverager, module: nn.Module, ranks: Ranks, seed: int = 0) -> bool:
@@ -218,9 +216,7 @@ def test_every_bucket_starts_once_and_in_ascending_order(listed: str, overlap: b
     assert all(one.waited == 1 for one in ranks.started)
     if not overlap or averager.num_buckets == 1:
         assert during == 0
-    elif listed == "abcd":  # the backward pass finishes them in the order of the buckets
-        assert during == averager.num_buckets
-    elif listed == "dcba" and bucket_bytes == 1:  # the first bucket's gradients come last, and all follow
+    else:  # the last gradients complete the first bucket at the latest, and all that wait follow
         assert during == averager.num_buckets
 
 
@@ -309,7 +305,7 @@ def test_one_bad_number_in_any_bucket_is_seen(bad: float, overlap: bool, bucket_
             gradient.view(-1)[-1] = bad
             return gradient
 
-        handle = parameter.register_hook(spoil)
+        handle = parameter.register_hook(spoil)  # type: ignore[no-untyped-call]
         assert run(averager, module, Ranks()) is False
         handle.remove()
         assert run(averager, module, Ranks()) is True
@@ -377,8 +373,11 @@ def test_steps_of_momentum_on_the_flat_tensor_are_those_on_every_parameter(
 ) -> None:
     module, plain = network(layout), network(layout)
     averager = averager_of(module, Ranks(), bucket_bytes=200, overlap=overlap)
-    flat = torch.optim.SGD([group.parameter for group in averager.groups], 0.1, 0.9, weight_decay=0.01, fused=True)
-    own = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=0.01, fused=True)
+    # Powers of two make every product exact: PyTorch's vector code fuses multiply and add and its code for the
+    # last few elements does not, and which elements are the last differs.
+    options: dict[str, Any] = {"lr": 0.125, "momentum": 0.5, "weight_decay": 2.0**-7, "fused": True}
+    flat = torch.optim.SGD([group.parameter for group in averager.groups], **options)
+    own = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], **options)
     for seed in range(4):
         assert run(averager, module, Ranks(), seed)
         flat.step()

@@ -129,7 +129,7 @@ def test_shares_of_the_past_stay_below_one(name: str, key: str) -> None:
 def test_dampening_may_be_one_but_nesterov_needs_momentum() -> None:
     UpdateRule(name="momentum", dampening=1.0)
     UpdateRule(name="momentum", momentum=0.0)
-    with pytest.raises(ConfigError, match="^update.momentum: nesterov needs a number above 0"):
+    with pytest.raises(ConfigError, match=r"^update\.momentum: nesterov needs a number above 0"):
         UpdateRule(name="nesterov", momentum=0.0)  # PyTorch would raise a ValueError in the middle of a run
 
 

@@ -1,5 +1,6 @@
 """Learning-rate schedules against formulas written here, step by step."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -66,7 +67,7 @@ def test_a_schedule_begins_at_the_base_rate_and_ends_where_it_says(name: str) ->
     found = rates(schedule)
     assert found[0] == BASE
     assert found[-1] == pytest.approx(BASE * FIRST_AND_LAST[name], rel=1e-12)
-    assert all(later <= earlier for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])

@@ -18,8 +18,9 @@ def test_a_default_is_possible_and_a_meaning_is_one_line(name: str) -> None:
 @pytest.mark.parametrize("name", BY_NAME)
 def test_listed_values_are_possible_and_all_others_refused_with_the_list(name: str) -> None:
     lever = LEVERS[name]
+    others: tuple[object, ...] = ("nonsense", "", None, 0, 1, 1.0, [], {})
     assert all(lever.refusal(value) is None for value in lever.values)
-    for value in ("nonsense", "", None, 0, 1, 1.0, [], {}):
+    for value in others:
         refusal = lever.refusal(value)
         assert refusal is not None and refusal.startswith(repr(value))
         assert refusal.endswith("choose from: " + ", ".join(map(spell, lever.values)))

@@ -26,6 +26,8 @@ from windlass.errors import EXIT_CODES, ConfigError, LostRankError
 
 STOP_GRACE_S = 120.0
 """Seconds that ranks have for their checkpoint after a request to stop."""
+ERROR_GRACE_S = 60.0
+"""Seconds that ranks have to end, and rank 0 to write its report, after the first has met an error."""
 LAST_LINES = 40
 """How many of a dead rank's last lines are shown."""
 SILENT_S = 10.0
@@ -47,6 +49,8 @@ class _Rank:
     @property
     def name(self) -> str:
         """The rank for a person."""
+        if self.rank < 0:
+            return "a rank that had not yet said its number"
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
 
     def silent_s(self) -> float:
@@ -192,8 +196,9 @@ class Launcher:
                     pass
 
     def _overdue(self) -> bool:
-        """After an internal error on one rank the others end by MPI_Abort; if not, they are ended."""
-        return any(error["code"] == 1 and time.monotonic() > error["at"] + 5 for error in self._errors)
+        """Whether ranks still run long after an error that should have ended them too."""
+        now = time.monotonic()
+        return any(now > error["at"] + (5 if error["code"] == 1 else ERROR_GRACE_S) for error in self._errors)
 
     def _read(self, rank: _Rank) -> bool:
         try:
@@ -230,10 +235,11 @@ class Launcher:
     def _obituary(self, folder: Path) -> str:
         """Which rank died, by which signal if mpiexec knows, and its last lines."""
         assert self._dead is not None
-        cause = [line.strip(" .") for line in _last_lines(folder / "mpiexec.log") if "signal" in line]
+        said = _last_lines(folder / "mpiexec.log")
+        cause = [line.strip(" .") for line in said if "signal" in line] if self._dead.rank >= 0 else said
         last = _last_lines(folder / f"rank-{self._dead.rank}.log")
         last = [line for line in last if not line.startswith("Extension modules:")]
-        lines = [f"  {line}" for line in [*cause[-1:], *last]]
+        lines = [f"  {line}" for line in [*(cause[-1:] if self._dead.rank >= 0 else cause), *last]]
         return "\n".join([str(self._lost), *lines])
 
     def _pass_on_stop(self) -> None:
