@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -204,10 +204,6 @@ def config_from_layers(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
     for layer in layers:
         merged = _merge(merged, layer)
     recipe = RECIPES.get(str(merged.get("network", TrainConfig.network)), {})
-    for key in RULE_KEYS:
-        given = merged.get(key)
-        if isinstance(given, Mapping) and "name" in given:
-            recipe = {name: part for name, part in recipe.items() if name != key}
     return build_config(TrainConfig, _merge(recipe, merged), "")
 
 
@@ -242,6 +238,23 @@ def assignment(text: str) -> dict[str, Any]:
         parsed = {name: parsed}
     assert isinstance(parsed, dict)
     return parsed
+
+
+def join(mappings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One mapping from several that were said in one breath, such as a command's options and its ``--set``.
+
+    >>> join([{"update": {"lr": 0.1}}, {"update": {"name": "adam"}}])
+    {'update': {'lr': 0.1, 'name': 'adam'}}
+    """
+    joined: dict[str, Any] = {}
+    for mapping in mappings:
+        for key, value in mapping.items():
+            under = joined.get(key)
+            if isinstance(under, Mapping) and isinstance(value, Mapping):
+                joined[key] = join([under, value])
+            else:
+                joined[key] = value
+    return joined
 
 
 def read_yaml(path: Path, what: str) -> Any:

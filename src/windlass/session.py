@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from windlass.engine.agree import on_root
+from windlass.engine.agree import on_all, on_root
 from windlass.engine.watch import StopRequest
 from windlass.engine.world import World
 from windlass.errors import ConfigError, StoppedError, WindlassError, WriteError
@@ -20,7 +20,7 @@ from windlass.optim.rules import UPDATE_RULES
 from windlass.plan.graph import Graph
 from windlass.prepare import Prepared, prepare
 from windlass.report.page import write_report
-from windlass.runs.checkpoint import MANIFEST, list_checkpoints
+from windlass.runs.checkpoint import MANIFEST, list_checkpoints, set_aside_later
 from windlass.runs.folder import check_writable, describe_machine, free_bytes, memory_bytes, write_folder
 from windlass.runs.metrics import MetricsWriter
 
@@ -49,9 +49,7 @@ def run_rank(
         return _dry_run(prepared, checks, emit=emit, stop=stop, note=note)
     on_root(world, lambda: _write_folder(prepared))
     step = prepared.checkpoint.step if prepared.checkpoint else 0
-    writer = MetricsWriter(Path(job.folder), step=step) if world.rank == 0 else None
-    if writer is not None and prepared.checkpoint:
-        writer.write({"kind": "resume", "step": step, "workers": world.size})
+    writer = on_all(world, lambda: _writer(prepared, emit) if world.rank == 0 else None)
     emit(_begin_event(prepared, step))
     try:
         summary = _train(prepared, emit=emit, stop=stop, note=note, writer=writer)
@@ -63,6 +61,18 @@ def run_rank(
     emit({"kind": "end", **summary.__dict__, "folder": job.folder, "best": best_checkpoint(prepared)})
     world.barrier()
     return summary
+
+
+def _writer(prepared: Prepared, emit: Emit) -> MetricsWriter:
+    """Opens the metrics; of a run that resumes, what came after the checkpoint is dropped or set aside."""
+    folder, checkpoint = Path(prepared.job.folder), prepared.checkpoint
+    if checkpoint is None:
+        return MetricsWriter(folder, step=0)
+    for path in set_aside_later(checkpoint.path.parent, checkpoint.step):
+        emit({"kind": "warning", "message": f"{path.name} is later than this start: now abandoned-{path.name}"})
+    writer = MetricsWriter(folder, step=checkpoint.step, epoch=int(checkpoint.manifest["progress"]["epoch"]))
+    writer.write({"kind": "resume", "step": checkpoint.step, "workers": prepared.world.size})
+    return writer
 
 
 def _train(prepared: Prepared, *, emit: Emit, stop: StopRequest, note: Note, writer: MetricsWriter | None) -> Summary:

@@ -78,6 +78,15 @@ def test_print_config_is_a_configuration_file(capsys: pytest.CaptureFixture[str]
     assert list(Path().iterdir()) == []
 
 
+def test_options_and_settings_are_said_in_one_breath(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--lr", "0.02", "--set", "update.name=adam", "--print-config"]) == 0
+    update = yaml.safe_load(capsys.readouterr().out)["update"]
+    assert (update["name"], update["lr"]) == ("adam", 0.02)
+    assert main(["train", "--update", "momentum", "--print-config"]) == 0
+    update = yaml.safe_load(capsys.readouterr().out)["update"]
+    assert (update["lr"], update["weight_decay"]) == (0.1, 5e-4), "LeNet-5's recipe names the same rule"
+
+
 def test_early_stop(capsys: pytest.CaptureFixture[str]) -> None:
     """A rate of zero never improves: patience 2 ends after epochs 1 (the best), 2 and 3."""
     assert main(["train", "--lr", "0", "--set", "early_stop.patience=2", "--out", "out"]) == 0

@@ -172,6 +172,9 @@ def test_a_flipped_bit_is_noticed_and_the_previous_checkpoint_offered(
     assert "crc32" in line
     assert "add --resume-from step-00000023" in line
     assert main([*run, "--resume-from", "step-00000023", "--epochs", "3"]) == 0
+    names = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
+    assert names >= {"step-00000046", "step-00000069", "abandoned-step-00000046"}
+    assert (tmp_path / "out" / "checkpoints" / "last").resolve().name == "step-00000069"
 
 
 def test_a_resume_may_not_become_another_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

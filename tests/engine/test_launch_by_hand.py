@@ -98,7 +98,7 @@ class Driven(Launcher):
         for rank, line in enumerate(self.lines):
             line.connect("socket")
             self.say(rank, kind="hello", rank=rank, host="here", pid=0)
-        self.watcher = threading.Thread(target=self._watch, args=(self.server, self.process, folder))
+        self.watcher = threading.Thread(target=self._watch, args=(self.server, self.process))
 
     def _overdue(self) -> bool:
         return any(error["code"] == 1 for error in self._errors)

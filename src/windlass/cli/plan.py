@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from windlass.config import assignment, config_from_layers
+from windlass.config import assignment, config_from_layers, join
 from windlass.runs.files import to_yaml, write_atomically
 
 
@@ -24,7 +24,7 @@ def plan_command(
 ) -> None:
     """Write the plan the trainer would use: every lever at its value, with its reason."""
     given = {"network": network, "data": {"source": data}, "workers": workers, "batch": batch}
-    config = config_from_layers([given, *map(assignment, settings or [])])
+    config = config_from_layers([join([given, *map(assignment, settings or [])])])
 
     from windlass.data import open_dataset
     from windlass.prepare import captured, image_size, network_for, plan_for

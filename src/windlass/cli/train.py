@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from windlass.config import assignment, config_file
+from windlass.config import assignment, config_file, join
 from windlass.display import make_display
 from windlass.engine.world import world_from_environment
 from windlass.errors import ConfigError
@@ -67,7 +67,7 @@ def train_command(
         "schedule": _given({"name": schedule, "warmup_epochs": warmup}),
     }
     layers: list[Mapping[str, Any]] = [config_file(config)] if config else []
-    layers += [_given(given), *map(assignment, settings or [])]
+    layers.append(join([_given(given), *map(assignment, settings or [])]))
     job = make_job(layers, resume=resume, resume_from=resume_from, dry_run=dry_run)
     if print_config:
         from windlass.runs.files import to_yaml

@@ -157,7 +157,7 @@ class Launcher:
                 with (folder / "mpiexec.log").open("wb") as log:
                     process = self._start(folder, log.fileno())
                     try:
-                        self._watch(server, process, folder)
+                        self._watch(server, process)
                     finally:
                         self._end(process)
             return self._outcome(process.returncode, folder)
@@ -177,7 +177,7 @@ class Launcher:
             start_new_session=True,
         )
 
-    def _watch(self, server: socket.socket, process: subprocess.Popen[bytes], folder: Path) -> None:
+    def _watch(self, server: socket.socket, process: subprocess.Popen[bytes]) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
             while process.poll() is None and self._lost is None and not self._overdue():
@@ -188,12 +188,14 @@ class Launcher:
                         selector.register(rank.connection, selectors.EVENT_READ, rank)
                     elif not self._read(key.data):
                         selector.unregister(key.data.connection)
-                        self._closed(key.data, folder)
+                        self._closed(key.data)
                 self._pass_on_stop()
                 self._check_silence()
             for rank in self._ranks:  # what was said between the last look and the end
                 while self._lost is None and process.poll() is not None and self._read(rank):
                     pass
+                if process.poll() is not None:
+                    self._closed(rank)
 
     def _overdue(self) -> bool:
         """Whether ranks still run long after an error that should have ended them too."""
@@ -225,7 +227,7 @@ class Launcher:
             case "bye":
                 rank.code = message["code"]
 
-    def _closed(self, rank: _Rank, folder: Path) -> None:
+    def _closed(self, rank: _Rank) -> None:
         """A line without ``bye`` or ``error`` is a rank that died."""
         failed = any(error["rank"] == rank.rank for error in self._errors)
         if rank.code is None and not failed and self._lost is None and not self._errors:

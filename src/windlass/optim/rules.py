@@ -142,6 +142,8 @@ class Schedule:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ConfigError(f"schedule.{name}: needs a finite number of at least 0, got {value}")
+        if self.floor > 1:
+            raise ConfigError(f"schedule.floor: needs a share of at most 1, got {self.floor}")
         if not self.every_epochs > 0:
             raise ConfigError(f"schedule.every_epochs: needs a number above 0, got {self.every_epochs}")
 

@@ -63,6 +63,8 @@ def write_checkpoint(folder: Path, *, weights: Tensors, state: Tensors, manifest
     temporary, final = folder / f".{name}.{os.getpid()}", folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         files = {}
@@ -80,8 +82,8 @@ def write_checkpoint(folder: Path, *, weights: Tensors, state: Tensors, manifest
         sync_folder(folder)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        kept = [path.name for path in list_checkpoints(folder)]
-        stands = f"; {kept[-1]} is whole" if kept else ""
+        whole = newest_whole(folder)
+        stands = f"; {whole.name} is whole" if whole else ""
         reason = getattr(error, "strerror", None) or error
         raise WriteError(f"cannot write checkpoint {final}: {reason}{stands}") from None
     return final
@@ -104,7 +106,7 @@ def _replace(temporary: Path, final: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, damaged ones among them."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink())
+    return sorted(path for path in folder.glob("step-[0-9]*") if path.is_dir() and not path.is_symlink())
 
 
 def damage(path: Path) -> str | None:
@@ -145,7 +147,7 @@ def find_checkpoint(folder: Path, name: str = "") -> Path:
     problem = damage(path)
     if problem is None:
         return path
-    good = next((other for other in reversed(present) if other != path and damage(other) is None), None)
+    good = newest_whole(folder)
     offer = (
         f"the newest undamaged checkpoint is {good.name}: add --resume-from {good.name}"
         if good
@@ -162,6 +164,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
         safetensors.torch.load_file(path / STATE),
         json.loads((path / MANIFEST).read_bytes()),
     )
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is not damaged."""
+    return next((path for path in reversed(list_checkpoints(folder)) if damage(path) is None), None)
+
+
+def set_aside_later(folder: Path, step: int) -> list[Path]:
+    """Renames checkpoints of later steps to ``abandoned-step-…``, when a run goes on from an earlier one.
+
+    They are another future of the run: as the newest they would take the place of what comes now.
+    """
+    later = [path for path in list_checkpoints(folder) if int(path.name.removeprefix("step-")) > step]
+    for path in later:
+        aside = path.with_name(f"abandoned-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return later
 
 
 def rotate(folder: Path, *, keep_last: int, keep_best: int, metric: str, lower: bool) -> Path | None:
@@ -188,6 +208,8 @@ def rotate(folder: Path, *, keep_last: int, keep_best: int, metric: str, lower: 
         _point(folder / "last", present[-1])
     if ranked and keep_best:
         _point(folder / "best", ranked[0])
+    else:
+        (folder / "best").unlink(missing_ok=True)
     return ranked[0] if ranked else None
 
 

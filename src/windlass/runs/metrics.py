@@ -31,12 +31,13 @@ class MetricsWriter:
     Args:
         folder: the run folder.
         step: rows beyond this step are dropped first: a run that resumes from step 100 repeats what came after.
+        epoch: so are rows of this epoch's end and of later ones.
     """
 
-    def __init__(self, folder: Path, *, step: int) -> None:
+    def __init__(self, folder: Path, *, step: int, epoch: int | None = None) -> None:
         self._path = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
-        kept = [row for row in read_rows(self._path) if row.get("step", 0) <= step and row["kind"] != "end"]
+        kept = [row for row in read_rows(self._path) if _stands(row, step=step, epoch=epoch)]
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._epochs = [row for row in kept if row["kind"] == "epoch"]
         if self._csv.exists():
@@ -90,6 +91,12 @@ class MetricsWriter:
         for name in names:
             if row.get(name) is not None:
                 self._board.add_scalar(f"{row['kind']}/{name}", row[name], row["step"])
+
+
+def _stands(row: Row, *, step: int, epoch: int | None) -> bool:
+    """Whether a row was written before a run's position: so many steps done, in this epoch."""
+    ended = row["kind"] == "epoch" and epoch is not None and row.get("epoch", 0) >= epoch
+    return row.get("step", 0) <= step and not ended and row["kind"] != "end"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
