@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from windlass.report import units
+
 Event = dict[str, Any]
 PLAIN_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -37,17 +39,8 @@ def make_display(mode: str) -> Display:
     return {"plain": PlainDisplay, "quiet": QuietDisplay, "json": JsonDisplay}[mode]()
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them.
-
-    >>> duration(4.21), duration(75), duration(7384)
-    ('4.2 s', '1:15', '2:03:04')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def _time(seconds: float) -> str:
+    return units.plain(units.duration(seconds))
 
 
 def begin_lines(event: Event) -> list[str]:
@@ -68,7 +61,7 @@ def epoch_line(event: Event) -> str:
         f"epoch {event['epoch'] + 1:3d}  loss {event['train_loss']:.4f}  accuracy {event['train_accuracy']:7.2%}  "
         f"test loss {event['test_loss']:.4f}  test accuracy {event['test_accuracy']:7.2%}  "
         f"{event['images_per_s']:,.0f} images/s  data {event['data_share']:.1%}  "
-        f"left {duration(event['eta_s'])}"
+        f"left {_time(event['eta_s'])}"
     )
 
 
@@ -81,7 +74,7 @@ def end_lines(event: Event) -> list[str]:
     lines = []
     if metrics:
         lines.append(
-            f"done{why} after {event['step']} steps in {duration(event['seconds'])}: "
+            f"done{why} after {event['step']} steps in {_time(event['seconds'])}: "
             f"test accuracy {metrics['test_accuracy']:.2%}, test loss {metrics['test_loss']:.4f}"
         )
     else:
@@ -136,7 +129,7 @@ class PlainDisplay(QuietDisplay):
                 self._print(
                     f"epoch {event['epoch'] + 1:3d}  step {event['step']}  loss {event['loss']:.4f}  "
                     f"accuracy {event['accuracy']:.2%}  {event['images_per_s']:,.0f} images/s  "
-                    f"left {duration(event['eta_s'])}"
+                    f"left {_time(event['eta_s'])}"
                 )
             case "epoch":
                 self._print(epoch_line(event))
@@ -154,7 +147,7 @@ class _Left(ProgressColumn):
     def render(self, task: Task) -> Text:
         """What the loop predicts."""
         left = task.fields.get("eta_s")
-        return Text(f"left {duration(left)}" if left is not None else "left ?", style="cyan")
+        return Text(f"left {_time(left)}" if left is not None else "left ?", style="cyan")
 
 
 class BarDisplay(QuietDisplay):

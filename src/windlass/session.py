@@ -20,6 +20,7 @@ from windlass.optim.rules import UPDATE_RULES
 from windlass.plan.graph import Graph
 from windlass.prepare import Prepared, prepare
 from windlass.report.page import write_report
+from windlass.report.units import num_bytes, plain
 from windlass.runs.checkpoint import MANIFEST, list_checkpoints, set_aside_later
 from windlass.runs.folder import check_writable, describe_machine, free_bytes, memory_bytes, write_folder
 from windlass.runs.metrics import MetricsWriter
@@ -222,12 +223,8 @@ def check_resources(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+def _size(size: float) -> str:
+    return plain(num_bytes(size))
 
 
 def _dry_run(prepared: Prepared, checks: dict[str, str], *, emit: Emit, stop: StopRequest, note: Note) -> Summary:

@@ -16,6 +16,7 @@ from windlass.config import assignment
 from windlass.errors import ConfigError
 from windlass.networks import NETWORKS, check_network_name
 from windlass.plan.graph import Graph, Layer
+from windlass.report.units import num_bytes, plain
 
 
 def inspect_command(
@@ -107,7 +108,7 @@ def _print_graph(graph: Graph) -> None:
     memories = graph.memories()
     fields = {"D": "kept_bytes", "W": "weight_bytes", "∇D": "output_grad_bytes", "∇W": "weight_grad_bytes"}
     for name, attribute in fields.items():
-        columns.append((name, "right", _bytes_of(attribute), size_text(memories[name])))
+        columns.append((name, "right", _bytes_of(attribute), _size(memories[name])))
     table = Table(title=f"{graph.network}, input {'×'.join(map(str, graph.input_shape))}", width=width)
     for name, side, _, total in columns:
         table.add_column(name, footer=total, justify="left" if side == "left" else "right", overflow="fold")
@@ -116,23 +117,14 @@ def _print_graph(graph: Graph) -> None:
         table.add_row(*(value(layer) for _, _, value, _ in columns))
     (console if width is None else Console(highlight=False, width=width)).print(table)
     print(
-        f"predicted peak of a step: {size_text(graph.peak_bytes)}, at {graph.peak_at} "
-        f"(input and labels {size_text(graph.input_bytes)} included)"
+        f"predicted peak of a step: {_size(graph.peak_bytes)}, at {graph.peak_at} "
+        f"(input and labels {_size(graph.input_bytes)} included)"
     )
 
 
 def _bytes_of(attribute: str) -> Callable[[Layer], str]:
-    return lambda layer: size_text(getattr(layer, attribute))
+    return lambda layer: _size(getattr(layer, attribute))
 
 
-def size_text(num_bytes: float) -> str:
-    """Bytes as a person reads them.
-
-    >>> size_text(240_000)
-    '234.4 KiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"
+def _size(size: float) -> str:
+    return plain(num_bytes(size))

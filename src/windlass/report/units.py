@@ -66,6 +66,15 @@ def num_bytes(value: float | None) -> str:
     return _scaled(value, base=1024, units=("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
+def plain(text: str) -> str:
+    """The same for a terminal: ordinary spaces, so that a search finds it.
+
+    >>> plain(num_bytes(2048))
+    '2.00 KiB'
+    """
+    return text.replace(SPACE, " ")
+
+
 def percent(value: float | None) -> str:
     """A share, given as a fraction.
 
