@@ -18,7 +18,8 @@ from windlass.engine.watch import StopRequest
 from windlass.engine.world import LocalWorld
 from windlass.errors import ConfigError, DataError, StoppedError
 from windlass.job import Job
-from windlass.loop import Trainer, objective
+from windlass.loop import Trainer
+from windlass.objective import objective
 from windlass.plan.plan import Choice
 from windlass.prepare import prepare
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,10 @@ from windlass.engine.timing import StepTimer
 from windlass.engine.watch import StopRequest
 from windlass.engine.world import sum_array, sum_over
 from windlass.errors import DataError, NonFiniteError, StoppedError, WindlassError, WriteError
+from windlass.objective import main_output, objective
 from windlass.optim.build import build_optimizer, set_learning_rate
 from windlass.prepare import Prepared
+from windlass.progress import Agreed, Progress, Summary
 from windlass.runs.checkpoint import list_checkpoints, rotate, write_checkpoint
 from windlass.runs.metrics import MetricsWriter
 from windlass.state import (
@@ -53,50 +54,6 @@ SHOW_S = 0.1
 """Seconds between two events of progress."""
 FETCH_AHEAD = 4
 """Batches under way per data thread, when images are files."""
-
-
-@dataclass
-class Progress:
-    """Where a run is; three integers and running sums, the same on every rank."""
-
-    epoch: int = 0
-    position: int = 0
-    """Steps of this epoch that are done."""
-    step: int = 0
-    loss_sum: float = 0.0
-    correct: float = 0.0
-    seen: float = 0.0
-    epoch_s: float = 0.0
-    data_s: float = 0.0
-    best: float | None = None
-    best_epoch: int = -1
-
-    def begin_epoch(self) -> None:
-        """Empties the sums of the epoch."""
-        self.loss_sum = self.correct = self.seen = self.epoch_s = self.data_s = 0.0
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks know after a step: sums over the ranks."""
-
-    loss: float
-    correct: float
-    seen: float
-    stop: bool
-    bad: bool
-    checkpoint: bool
-    failed: bool
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a rank's training ended: ``done``, or ``early`` when the watched metric no longer improved."""
-
-    status: str
-    step: int
-    seconds: float
-    metrics: dict[str, float]
 
 
 class Trainer:
@@ -472,21 +429,3 @@ def _load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: st
     except RuntimeError as error:
         first = " ".join(str(error).split())
         raise DataError(f"checkpoint {where} does not fit the network: {first}") from None
-
-
-def main_output(outputs: Any) -> torch.Tensor:
-    """The network's main output: the first, where it returns several (GoogLeNet's auxiliary heads follow)."""
-    main = outputs[0] if isinstance(outputs, tuple | list) else outputs
-    assert isinstance(main, torch.Tensor)
-    return main
-
-
-def objective(module: nn.Module, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of the main output, plus `module.auxiliary_weight` times that of every other."""
-    loss = functional.cross_entropy(main_output(outputs), labels, reduction="sum")
-    others = outputs[1:] if isinstance(outputs, tuple | list) else ()
-    for other in others:
-        loss = loss + getattr(module, "auxiliary_weight", 0.3) * functional.cross_entropy(
-            other, labels, reduction="sum"
-        )
-    return loss

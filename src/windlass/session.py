@@ -15,10 +15,11 @@ from windlass.engine.watch import StopRequest
 from windlass.engine.world import World
 from windlass.errors import ConfigError, StoppedError, WindlassError, WriteError
 from windlass.job import Job
-from windlass.loop import Emit, Note, Summary, Trainer
+from windlass.loop import Emit, Note, Trainer
 from windlass.optim.rules import UPDATE_RULES
 from windlass.plan.graph import Graph
 from windlass.prepare import Prepared, prepare
+from windlass.progress import Summary
 from windlass.report.page import write_report
 from windlass.report.units import num_bytes, plain
 from windlass.runs.checkpoint import MANIFEST, list_checkpoints, set_aside_later
@@ -48,7 +49,8 @@ def run_rank(
     checks = on_root(world, lambda: check_resources(prepared))
     if job.dry_run:
         return _dry_run(prepared, checks, emit=emit, stop=stop, note=note)
-    on_root(world, lambda: _write_folder(prepared))
+    hosts = world.gather(world.host)
+    on_root(world, lambda: _write_folder(prepared, hosts))
     step = prepared.checkpoint.step if prepared.checkpoint else 0
     writer = on_all(world, lambda: _writer(prepared, emit) if world.rank == 0 else None)
     emit(_begin_event(prepared, step))
@@ -56,9 +58,10 @@ def run_rank(
         summary = _train(prepared, emit=emit, stop=stop, note=note, writer=writer)
     finally:
         if writer is not None:
-            writer.close()
             note("the report", 0)
-            _report(Path(job.folder), emit)
+            _warn(emit, "the last rows could not be written", writer.close)
+            folder = Path(job.folder)
+            _warn(emit, "the report could not be written", lambda: write_report([folder], folder / "report.html"))
     emit({"kind": "end", **summary.__dict__, "folder": job.folder, "best": best_checkpoint(prepared)})
     world.barrier()
     return summary
@@ -99,12 +102,12 @@ def _try(action: Callable[[], None]) -> None:
         return
 
 
-def _report(folder: Path, emit: Emit) -> None:
-    """A run is not lost because its page cannot be drawn."""
+def _warn(emit: Emit, what: str, action: Callable[[], object]) -> None:
+    """Does what a run is not lost without, and what only rank 0 does while the others wait."""
     try:
-        write_report([folder], folder / "report.html")
+        action()
     except Exception as error:
-        emit({"kind": "warning", "message": f"the report could not be written: {error}"})
+        emit({"kind": "warning", "message": f"{what}: {error}"})
 
 
 def _begin_event(prepared: Prepared, step: int) -> dict[str, Any]:
@@ -126,11 +129,11 @@ def _begin_event(prepared: Prepared, step: int) -> dict[str, Any]:
     }
 
 
-def _write_folder(prepared: Prepared) -> None:
+def _write_folder(prepared: Prepared, hosts: list[str]) -> None:
     job, config = prepared.job, prepared.job.config
     update = UPDATE_RULES[config.update.name].torch_class
     machine = describe_machine(
-        hosts=[prepared.world.host],
+        hosts=hosts,
         threads=prepared.threads,
         versions={
             "torch": torch.__version__,

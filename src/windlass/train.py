@@ -41,7 +41,7 @@ from windlass.runs.folder import check_writable, choose_folder
 if TYPE_CHECKING:
     import torch
 
-    from windlass.loop import Summary
+    from windlass.progress import Summary
 
 
 Event = dict[str, Any]

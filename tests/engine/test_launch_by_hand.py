@@ -101,7 +101,7 @@ class Driven(Launcher):
         self.watcher = threading.Thread(target=self._watch, args=(self.server, self.process))
 
     def _overdue(self) -> bool:
-        return any(error["code"] == 1 for error in self._errors)
+        return any(error["code"] == 1 for error in self._errors) or super()._overdue()
 
     def say(self, speaker: int, /, **message: Any) -> None:
         self.lines[speaker].sendall(encode(message))
@@ -254,3 +254,14 @@ def test_the_last_lines_of_a_log_that_is_not_there_are_none(tmp_path: Path) -> N
     (tmp_path / "log").write_bytes(b"\xff\n" + b"line\n" * 100 + b"\n\n")
     lines = launch._last_lines(tmp_path / "log")
     assert lines == ["line"] * launch.LAST_LINES
+
+
+def test_ranks_that_said_bye_but_do_not_end_are_not_waited_for(ranks: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's tear-down hangs after all is done: the run is done all the same."""
+    monkeypatch.setattr("windlass.engine.launch.BYE_GRACE_S", 0.2)
+    for rank in range(2):
+        ranks.say(rank, kind="bye", code=0)
+    ranks.watcher.start()
+    ranks.watcher.join(10)
+    assert not ranks.watcher.is_alive(), "mpiexec still runs, yet the launcher goes on"
+    assert ranks._outcome(0, ranks.folder) == Outcome(0, "done")

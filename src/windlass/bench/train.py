@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 from windlass.config import TrainConfig, config_from_layers
 from windlass.engine.launch import Launcher, threads_per_rank
+from windlass.engine.world import World
 from windlass.errors import ConfigError
 from windlass.job import Job
 from windlass.networks import NETWORKS
@@ -143,8 +145,6 @@ def _rank_main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     spec = json.loads(options.spec)
 
-    import torch
-
     from windlass.engine.channel import Channel
     from windlass.engine.watch import StopRequest, Watchdog
     from windlass.engine.world import join_world, world_from_environment
@@ -183,9 +183,18 @@ def _rank_main(arguments: list[str] | None = None) -> int:
             if any(world.gather(stop.reason)):
                 channel.send({"kind": "error", "code": 130, "message": "interrupted"})
                 return 0
-    torch.distributed.destroy_process_group()
     channel.send({"kind": "bye", "code": 0})
+    _leave(world)
     return 0
+
+
+def _leave(world: World) -> None:
+    """Ends the rank without destructors: Gloo's now and then wait for ever when DDP's reducer goes last."""
+    from mpi4py import MPI
+
+    world.barrier()
+    MPI.Finalize()
+    os._exit(0)
 
 
 def _windlass_turn(prepared: Any, batches: list[Any]) -> Callable[[int], float]:

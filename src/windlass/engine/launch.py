@@ -28,6 +28,8 @@ STOP_GRACE_S = 120.0
 """Seconds that ranks have for their checkpoint after a request to stop."""
 ERROR_GRACE_S = 60.0
 """Seconds that ranks have to end, and rank 0 to write its report, after the first has met an error."""
+BYE_GRACE_S = 5.0
+"""Seconds that ranks have to end after the last has said bye."""
 LAST_LINES = 40
 """How many of a dead rank's last lines are shown."""
 SILENT_S = 10.0
@@ -45,6 +47,7 @@ class _Rank:
     step: int = 0
     heard: float = field(default_factory=time.monotonic)
     code: int | None = None
+    ended: float = 0.0
 
     @property
     def name(self) -> str:
@@ -198,8 +201,10 @@ class Launcher:
                     self._closed(rank)
 
     def _overdue(self) -> bool:
-        """Whether ranks still run long after an error that should have ended them too."""
+        """Whether ranks still run long after an error, or after all have said bye: some library's tear-down."""
         now = time.monotonic()
+        if len(self._ranks) == self._num_ranks and all(rank.code is not None for rank in self._ranks):
+            return now > max(rank.ended for rank in self._ranks) + BYE_GRACE_S
         return any(now > error["at"] + (5 if error["code"] == 1 else ERROR_GRACE_S) for error in self._errors)
 
     def _read(self, rank: _Rank) -> bool:
@@ -225,7 +230,7 @@ class Launcher:
                 if len(self._errors) == 1:  # when ranks wait in vain: for whom?
                     self._silent = [_silence(r) for r in self._ranks if r.silent_s() > 2.5 * BEAT_S]
             case "bye":
-                rank.code = message["code"]
+                rank.code, rank.ended = message["code"], time.monotonic()
 
     def _closed(self, rank: _Rank) -> None:
         """A line without ``bye`` or ``error`` is a rank that died."""
