@@ -61,8 +61,20 @@ def test_train_takes_a_module(tmp_path: Path) -> None:
     result = windlass.train(module, data=data, epochs=1, out=str(tmp_path / "a"), progress=False)
     assert result.status == "done"
     assert not torch.equal(before, linear.weight)
+    config = (tmp_path / "a" / "config.yaml").read_text()
+    assert "network: torch.nn.modules.container:Sequential" in config, "a module of one's own has no built-in name"
+    assert "weight_decay: 0.0" in config, "nor LeNet-5's recipe"
     with pytest.raises(ConfigError, match="several workers build the network themselves"):
         windlass.train(module, data=data, workers=2, out=str(tmp_path / "b"), progress=False)
+
+
+def test_a_resume_needs_no_more_than_the_folder(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    windlass.train("resnet18", "synthetic:3x8x8:3:40", batch=16, epochs=1, out=out, progress=False)
+    result = windlass.train(out=out, resume=True, epochs=2, progress=False)
+    assert [row["epoch"] for row in result.trace] == [1]
+    with pytest.raises(ConfigError, match=r"network: the run in .* has 'resnet18', not 'vgg11'"):
+        windlass.train("vgg11", out=out, resume=True, progress=False)
 
 
 def test_errors_are_raised_with_their_exit_code(tmp_path: Path) -> None:

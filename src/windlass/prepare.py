@@ -6,7 +6,7 @@ All ranks do the same; what can go wrong goes wrong on all of them together, bef
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,7 +45,6 @@ class Prepared:
     test: BatchServer
     threads: int
     checkpoint: Checkpoint | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def prepare(job: Job, world: World, *, module: torch.nn.Module | None = None) -> Prepared:

@@ -75,8 +75,8 @@ class Result:
 
 
 def train(
-    network: str | torch.nn.Module = "lenet5",
-    data: str | Mapping[str, Any] = "digits",
+    network: str | torch.nn.Module | None = None,
+    data: str | Mapping[str, Any] | None = None,
     *,
     plan: str | Path | Plan | None = None,
     progress: bool = True,
@@ -89,8 +89,10 @@ def train(
     """Trains a network and returns how it ended.
 
     Args:
-        network: a built-in name, ``package.module:function``, or a module (one worker only).
-        data: a data source, e.g. ``"digits"`` or ``"mnist:PATH"``, or keys of `DataConfig`.
+        network: a built-in name, ``package.module:function``, or a module (one worker only); None: the plan's or
+            the resumed run's, else LeNet-5.
+        data: a data source, e.g. ``"digits"`` or ``"mnist:PATH"``, or keys of `DataConfig`; None: the resumed
+            run's, else digits.
         plan: a plan or a plan file; None lets Windlass choose.
         progress: whether to show progress on a terminal.
         on_event: called with every event (rank 0's), as mappings with a ``kind``.
@@ -102,15 +104,16 @@ def train(
     Raises:
         WindlassError: one of `windlass.errors`, with the exit status of the command in ``exit_code``.
     """
-    module = None if isinstance(network, str) else network
+    module = None if network is None or isinstance(network, str) else network
+    name = network if module is None else f"{type(module).__module__}:{type(module).__name__}"
     data_options = {"source": data} if isinstance(data, str) else data
-    name = network if isinstance(network, str) else "lenet5"
     with tempfile.TemporaryDirectory(prefix="windlass-") as scratch:
         if isinstance(plan, Plan):
             path = Path(scratch) / "plan.yaml"
             path.write_text(to_yaml(plan.to_mapping()))
             plan = path
-        layer = {"network": name, "data": data_options, **({"plan": str(plan)} if plan else {}), **options}
+        said = {"network": name, "data": data_options, "plan": str(plan) if plan else None}
+        layer = {key: value for key, value in said.items() if value is not None} | options
         job = make_job([layer], resume=resume, resume_from=resume_from, dry_run=dry_run)
         if module is not None and job.config.workers > 1:
             raise ConfigError(

@@ -221,13 +221,14 @@ def _ddp_turn(prepared: Any, module: Any, batches: list[Any]) -> Callable[[int],
     from torch.nn.parallel import DistributedDataParallel
 
     from windlass.loop import MEMORY_FORMATS
+    from windlass.optim.build import build_optimizer
 
     world = prepared.world
     port = world.broadcast(_free_port() if world.rank == 0 else 0)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=world.rank, world_size=world.size)
     layout = MEMORY_FORMATS[str(prepared.plan.value("layout"))]
     model = DistributedDataParallel(module.to(memory_format=layout), gradient_as_bucket_view=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+    optimizer = build_optimizer(prepared.job.config.update, list(model.parameters()))
     model.train()  # type: ignore[no-untyped-call]
 
     def turn(steps: int) -> float:

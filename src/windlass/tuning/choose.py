@@ -1,7 +1,7 @@
 """Chooses a plan for a network: every lever at a value, each with its reason.
 
-So far the values follow rules that were measured once (docs/log.md); measuring on the machine at hand comes
-with the levers that gain from it.
+So far the values follow rules of thumb from a few measurements (docs/log.md); measuring on the machine at hand
+comes with the levers that gain from it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from windlass.plan.levers import LEVERS
 from windlass.plan.plan import Choice, LayerChoice, Plan
 
 CHANNELS_LAST_FROM = 64
-"""Convolutions of at least this many input channels gain from channels_last in oneDNN."""
+"""Input channels from which a convolution counts as one that gains from channels_last: a rule of thumb."""
 
 
 def choose_plan(graph: Graph, *, workers: int, batch: int) -> Plan:
@@ -47,7 +47,7 @@ def _layout(graph: Graph) -> Choice:
             "channels_last",
             f"{100 * wide // macs} % of the multiply-adds are in convolutions of {CHANNELS_LAST_FROM} channels or more",
         )
-    return Choice("contiguous", "few channels: channels_last gains nothing")
+    return Choice("contiguous", "most multiply-adds are in convolutions of few channels, which need no reorder")
 
 
 def _in_channels(graph: Graph, inputs: tuple[str, ...]) -> int:
