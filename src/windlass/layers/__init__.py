@@ -1,0 +1,1 @@
+"""PyTorch modules and operators of Windlass: convolution by plan."""
