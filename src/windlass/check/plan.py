@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from windlass.errors import ConfigError, unknown
+from windlass.plan.convolution import CONV_ALGORITHMS, DIRECTIONS, ConvChoice, ConvShape
 from windlass.plan.graph import Graph
 from windlass.plan.levers import LEVERS, spell
-from windlass.plan.plan import Plan
+from windlass.plan.plan import Plan, conv_choice
+from windlass.plan.shapes import conv_choices, graph_convolutions, module_name
 
 
 def check_plan(plan: Plan, graph: Graph, *, where: str = "plan") -> None:
@@ -51,16 +53,51 @@ def _check_network(plan: Plan, graph: Graph, where: str) -> None:
 def _check_layers(plan: Plan, graph: Graph, where: str) -> None:
     kinds = {layer.name: layer.kind for layer in graph.layers}
     convolutions = {name for name, kind in kinds.items() if kind.startswith("conv")}
+    shapes = graph_convolutions(graph)
     for layer in plan.layers:
-        refusal = LEVERS["convolution"].refusal(layer.convolution)
-        if refusal:
-            raise ConfigError(f"{where}: layers.{layer.name}.convolution: {refusal}")
+        place = f"{where}: layers.{layer.name}"
+        choice = conv_choice(layer.convolution, where=f"{place}.convolution")
         if layer.name not in convolutions:
             raise ConfigError(f"{where}: layers: {unknown('convolution', layer.name, convolutions)}")
         if layer.kind and layer.kind != kinds[layer.name]:
+            raise ConfigError(f"{place}.kind: the plan says {layer.kind}, the network has {kinds[layer.name]}")
+        _check_domain(choice, shapes.get(layer.name), f"{place}.convolution")
+    choices = conv_choices(plan, graph)
+    _check_shared(choices, where)
+    _check_lever(str(plan.value("convolution")), choices, where)
+
+
+def _check_domain(choice: ConvChoice, shape: ConvShape | None, where: str) -> None:
+    for direction in DIRECTIONS:
+        name = choice.of(direction)
+        if name == "torch":
+            continue
+        if shape is None:
+            raise ConfigError(f"{where}: only torch computes it: it is no module, or its input's shape is not known")
+        refusal = CONV_ALGORITHMS[name].refusal(shape)
+        if refusal:
+            raise ConfigError(f"{where}: {name} {refusal}")
+
+
+def _check_shared(choices: dict[str, ConvChoice], where: str) -> None:
+    """A module that is called several times has one choice."""
+    for name, choice in choices.items():
+        first = choices.get(module_name(name), choice)
+        if choice != first:
             raise ConfigError(
-                f"{where}: layers.{layer.name}.kind: the plan says {layer.kind}, the network has {kinds[layer.name]}"
+                f"{where}: layers.{name}.convolution: it is {module_name(name)} called again, and that has {first}, "
+                f"not {choice}"
             )
+
+
+def _check_lever(value: str, choices: dict[str, ConvChoice], where: str) -> None:
+    """An algorithm for all layers must be that of one at least, or somebody expects what does not happen."""
+    if value in ("torch", "auto") or any(value in map(choice.of, DIRECTIONS) for choice in choices.values()):
+        return
+    raise ConfigError(
+        f"{where}: levers.convolution: no layer takes {value}: none is in its domain, or all have algorithms of "
+        f"their own under layers"
+    )
 
 
 def _times(shape: tuple[int, ...]) -> str:

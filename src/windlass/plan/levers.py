@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from windlass.plan.convolution import CONV_ALGORITHMS
+
 Value = str | int | bool
 
 
@@ -49,8 +51,11 @@ def spell(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+CONVOLUTIONS: tuple[Value, ...] = ("torch", "auto", *(name for name in CONV_ALGORITHMS if name != "torch"))
+"""Values of the lever ``convolution``: an algorithm for every layer that it can compute, or ``auto``."""
+
 LEVERS: dict[str, Lever] = {
-    "convolution": Lever("algorithm of every convolution", ("torch",), "torch"),
+    "convolution": Lever("algorithm of every convolution; auto: each layer its own", CONVOLUTIONS, "torch"),
     "number_format": Lever("how numbers are stored and computed", ("float32",), "float32"),
     "layout": Lever("order of a tensor's dimensions in memory", ("contiguous", "channels_last"), "contiguous"),
     "parallel": Lever("what the workers divide among them", ("data",), "data"),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from windlass.errors import ConfigError, unknown
+from windlass.plan.convolution import ConvChoice
 from windlass.plan.levers import LEVERS, Value
 
 SCHEMA = "windlass-plan/1"
@@ -25,11 +26,24 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """What a plan says of one layer: its name and kind, and the algorithm of its convolution."""
+    """What a plan says of one layer.
+
+    Attributes:
+        name: the layer's.
+        kind: the layer's, e.g. ``conv2d``.
+        convolution: its algorithms, as `ConvChoice` writes them, e.g. ``winograd-4x4/winograd-4x4/torch``.
+        reason: why.
+    """
 
     name: str
     kind: str
     convolution: str
+    reason: str = ""
+
+    def to_mapping(self) -> dict[str, object]:
+        """The row in a plan file; a reason only where there is one."""
+        reason = {"reason": self.reason} if self.reason else {}
+        return {"kind": self.kind, "convolution": self.convolution, **reason}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +82,7 @@ class Plan:
             "workers": self.workers,
             "batch": self.batch,
             "levers": {name: {"value": choice.value, "reason": choice.reason} for name, choice in self.levers.items()},
-            "layers": {layer.name: {"kind": layer.kind, "convolution": layer.convolution} for layer in self.layers},
+            "layers": {layer.name: layer.to_mapping() for layer in self.layers},
         }
 
 
@@ -122,14 +136,26 @@ def _layers(table: dict[str, object], where: str) -> tuple[LayerChoice, ...]:
     layers = []
     for name, given in table.items():
         row = _mapping(given, f"{where}.{name}")
-        _only(row, f"{where}.{name}", ("kind", "convolution"))
-        algorithm = _possible(
-            "convolution",
-            row.get("convolution", LEVERS["convolution"].default),
-            f"{where}.{name}.convolution",
-        )
-        layers.append(LayerChoice(name, str(row.get("kind", "")), str(algorithm)))
+        _only(row, f"{where}.{name}", ("kind", "convolution", "reason"))
+        if "convolution" not in row:
+            continue  # nothing of its own: the lever's value
+        choice = conv_choice(row["convolution"], where=f"{where}.{name}.convolution")
+        layers.append(LayerChoice(name, str(row.get("kind", "")), str(choice), str(row.get("reason", ""))))
     return tuple(layers)
+
+
+def conv_choice(value: object, *, where: str) -> ConvChoice:
+    """Reads a layer's algorithms; `where` names the place in errors.
+
+    Raises:
+        ConfigError: there is no such algorithm, or not one and not three of them.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: needs an algorithm's name, or three for forward/input/weight, got {value!r}")
+    try:
+        return ConvChoice.parse(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _mapping(value: object, where: str) -> dict[str, object]:

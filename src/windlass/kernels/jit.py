@@ -1,0 +1,90 @@
+"""How kernels are compiled: the one place for Numba's flags, the cache of compiled code, and the host's registers.
+
+Compiled code is kept on disk and loaded by the next process.  Numba stamps it with the time of the file in
+which a function stands; kernels here are assembled from several files, so they are stamped with a digest of all
+of them: a change in any makes all stale.
+
+Nothing is contracted or reordered by the compiler (no fastmath): what is fused is written as fused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite.binding
+import numba
+
+DISABLED = bool(numba.config.DISABLE_JIT)
+"""Whether kernels run as plain Python (NUMBA_DISABLE_JIT=1), with every intrinsic as its NumPy twin."""
+
+LANES = 16
+"""Numbers in a block of channels: one AVX-512 register, two of AVX2, four of NEON or SSE."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _stamp() -> str:
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted([*package.glob("kernels/*.py"), *package.glob("plan/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+STAMP = _stamp()
+"""Digest of everything that compiled kernels are made of."""
+
+
+def kernel(function: Function, *, key: tuple[int, ...] = ()) -> Function:
+    """Compiles `function` without the interpreter lock and keeps the code on disk.
+
+    Errors that Python would raise (a division by zero) do not exist inside: wrappers check arguments.
+
+    Args:
+        function: the kernel.
+        key: the constants of which a function made by another function is made; compiled code of the same
+            function is told apart by them.
+    """
+    if DISABLED:
+        return function
+    compiled = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    # Numba has no public way to say on what cached code depends, and would not know a closure over kernels again
+    # in another process.  Where these attributes are gone, its own ways remain: right, but compiled more often.
+    cache = getattr(compiled, "_cache", None)
+    if hasattr(getattr(cache, "_cache_file", None), "_source_stamp") and hasattr(cache, "_index_key"):
+        cache._cache_file._source_stamp = STAMP
+        cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _features() -> frozenset[str]:
+    """Features of the processor that Numba compiles for."""
+    if numba.config.CPU_FEATURES:
+        given = numba.config.CPU_FEATURES.split(",")
+        return frozenset(name[1:] for name in given if name.startswith("+"))
+    if numba.config.CPU_NAME in (None, "host"):
+        return frozenset(name for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
+    known = {"avx512": ("x86-64-v4", "avx512", "znver4", "znver5"), "avx2": ("x86-64-v3", "haswell", "znver")}
+    name = numba.config.CPU_NAME
+    if any(part in name for part in known["avx512"]):
+        return frozenset({"avx512f", "avx2", "fma"})
+    return frozenset({"avx2", "fma"}) if any(part in name for part in known["avx2"]) else frozenset()
+
+
+FEATURES = _features()
+
+
+def _tile() -> tuple[int, int]:
+    """Rows, and blocks of `LANES` columns, of the accumulators that fit the host's registers."""
+    if "avx512f" in FEATURES:
+        return 14, 2  # 28 of 32 registers; two hold B, A is broadcast from memory
+    if "avx2" in FEATURES or "neon" in FEATURES:
+        return 6, 1  # 12 of 16 registers, or 24 of 32
+    return 2, 1  # 8 of 16 registers of four
+
+
+TILE_ROWS, TILE_BLOCKS = _tile()
+TILE_COLUMNS = TILE_BLOCKS * LANES
