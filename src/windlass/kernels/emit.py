@@ -36,10 +36,12 @@ def load(builder: ir.IRBuilder, base: Any, offset: Any) -> Any:
     return builder.load(address, align=4)
 
 
-def store(builder: ir.IRBuilder, value: Any, base: Any, offset: Any) -> None:
-    """A vector to `base[offset:]`, unaligned."""
+def store(builder: ir.IRBuilder, value: Any, base: Any, offset: Any, *, stream: bool = False) -> None:
+    """A vector to `base[offset:]`, unaligned; with `stream` aligned to 64 bytes, and past the caches."""
     address = builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
-    builder.store(value, address, align=4)
+    instruction = builder.store(value, address, align=64 if stream else 4)
+    if stream:
+        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(i32, 1)]))
 
 
 def splat(builder: ir.IRBuilder, scalar: Any) -> Any:

@@ -89,15 +89,15 @@ transform: Callable[..., None] = _transform_python if DISABLED else _transform
 
 
 @intrinsic(prefer_literal=True)
-def _finish(typing_context, m, r, src, src_at, src_row, src_col, bias, bias_at, floor, dst, dst_at, dst_row, dst_col):  # type: ignore[no-untyped-def]
+def _finish(typing_context, m, r, stream, src, src_at, src_row, src_col, bias, bias_at, floor, dst, dst_at, dst_row, dst_col):  # type: ignore[no-untyped-def]
     program = winograd_program("AT", m.literal_value, r.literal_value)
 
     def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        source = emit.pointer(context, builder, src, values[2])
-        target = emit.pointer(context, builder, dst, values[9])
-        added = emit.load(builder, emit.pointer(context, builder, bias, values[6]), values[7])
-        lowest = emit.splat(builder, values[8])
-        at, row, col, to, to_row, to_col = (values[i] for i in (3, 4, 5, 10, 11, 12))
+        source = emit.pointer(context, builder, src, values[3])
+        target = emit.pointer(context, builder, dst, values[10])
+        added = emit.load(builder, emit.pointer(context, builder, bias, values[7]), values[8])
+        lowest = emit.splat(builder, values[9])
+        at, row, col, to, to_row, to_col = (values[i] for i in (4, 5, 6, 11, 12, 13))
 
         def place(start: Any, i: int, row_: Any, j: int, col_: Any) -> Any:
             down = builder.add(start, builder.mul(emit.constant(i), row_))
@@ -112,17 +112,17 @@ def _finish(typing_context, m, r, src, src_at, src_row, src_col, bias, bias_at, 
             for j, value in enumerate(outputs):
                 total = builder.fadd(value, added)
                 below = builder.fcmp_ordered("<", total, lowest)
-                emit.store(
-                    builder, builder.select(below, lowest, total), target, place(to, i, to_row, j, to_col)
-                )
+                result = builder.select(below, lowest, total)
+                to_ij = place(to, i, to_row, j, to_col)
+                emit.store(builder, result, target, to_ij, stream=bool(stream.literal_value))
         return context.get_dummy_value()
 
     offsets = [types.int64] * 3
-    return types.void(m, r, src, *offsets, bias, types.int64, types.float32, dst, *offsets), generate
+    return types.void(m, r, stream, src, *offsets, bias, types.int64, types.float32, dst, *offsets), generate
 
 
 def _finish_python(
-    m: int, r: int, src: Any, src_at: int, src_row: int, src_col: int, bias: Any, bias_at: int, floor: float,
+    m: int, r: int, stream: int, src: Any, src_at: int, src_row: int, src_col: int, bias: Any, bias_at: int, floor: float,
     dst: Any, dst_at: int, dst_row: int, dst_col: int,
 ) -> None:  # fmt: skip
     source, target, added = emit.flat(src), emit.flat(dst), emit.flat(bias)[bias_at:][:LANES]
@@ -136,9 +136,10 @@ def _finish_python(
 
 
 finish: Callable[..., None] = _finish_python if DISABLED else _finish
-"""finish(m, r, src, …, bias, bias_at, floor, dst, …): Aᵀ · M · A + bias, and `floor` where that is less.
+"""finish(m, r, stream, src, …, bias, bias_at, floor, dst, …): Aᵀ · M · A + bias, and `floor` where that is less.
 
-A floor of -inf changes nothing, one of 0 is ReLU; NaN stays NaN.
+A floor of -inf changes nothing, one of 0 is ReLU; NaN stays NaN.  With `stream` 1 the result goes past the caches
+to addresses aligned to 64 bytes.
 """
 
 
@@ -180,3 +181,64 @@ def _transpose_python(src: Any, src_at: int, src_row: int, dst: Any, dst_at: int
 
 transpose: Callable[..., None] = _transpose_python if DISABLED else _transpose
 """transpose(src, src_at, src_row, dst, dst_at, dst_row): 16 rows of 16 numbers become columns."""
+
+
+@intrinsic
+def _move(typing_context, src, src_at, dst, dst_at):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        value = emit.load(builder, emit.pointer(context, builder, src, values[0]), values[1])
+        emit.store(builder, value, emit.pointer(context, builder, dst, values[2]), values[3])
+        return context.get_dummy_value()
+
+    return types.void(src, types.int64, dst, types.int64), generate
+
+
+def _move_python(src: Any, src_at: int, dst: Any, dst_at: int) -> None:
+    emit.flat(dst)[dst_at:][:LANES] = emit.flat(src)[src_at:][:LANES]
+
+
+move: Callable[..., None] = _move_python if DISABLED else _move
+"""move(src, src_at, dst, dst_at): 16 numbers."""
+
+
+@intrinsic
+def _clear(typing_context, dst, dst_at):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        emit.store(builder, emit.splat(builder, 0.0), emit.pointer(context, builder, dst, values[0]), values[1])
+        return context.get_dummy_value()
+
+    return types.void(dst, types.int64), generate
+
+
+def _clear_python(dst: Any, dst_at: int) -> None:
+    emit.flat(dst)[dst_at:][:LANES] = 0
+
+
+clear: Callable[..., None] = _clear_python if DISABLED else _clear
+"""clear(dst, dst_at): 16 zeros."""
+
+
+@intrinsic(prefer_literal=True)
+def _prefetch(typing_context, rows, cols, src, src_at, src_row, src_col):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        base = emit.pointer(context, builder, src, values[2])
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[emit.i32] * 3])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        read_into_l1 = [ir.Constant(emit.i32, value) for value in (0, 3, 1)]
+        for i in range(rows.literal_value):
+            for j in range(cols.literal_value):
+                down = builder.add(values[3], builder.mul(emit.constant(i), values[4]))
+                address = builder.gep(base, [builder.add(down, builder.mul(emit.constant(j), values[5]))])
+                builder.call(function, [builder.bitcast(address, ir.IntType(8).as_pointer()), *read_into_l1])
+        return context.get_dummy_value()
+
+    return types.void(rows, cols, src, types.int64, types.int64, types.int64), generate
+
+
+def _prefetch_python(rows: int, cols: int, src: Any, src_at: int, src_row: int, src_col: int) -> None:
+    pass
+
+
+prefetch: Callable[..., None] = _prefetch_python if DISABLED else _prefetch
+"""prefetch(rows, cols, src, src_at, src_row, src_col): asks for the lines of a grid; any address will do."""

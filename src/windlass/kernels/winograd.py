@@ -35,11 +35,14 @@ import numpy.typing as npt
 from windlass.kernels.gemm import gemm_columns, gemm_rows
 from windlass.kernels.jit import LANES, TILE_COLUMNS, TILE_ROWS, kernel
 from windlass.kernels.threads import parallel_for
-from windlass.kernels.transform import finish, transform, transpose
+from windlass.kernels.transform import clear, finish, move, prefetch, transform, transpose
 from windlass.kernels.workspace import scratch
 from windlass.plan.convolution import ConvShape
 
 Array = npt.NDArray[np.float32]
+
+AHEAD = 2
+"""Tiles between the one that is transformed and the one whose pixels are fetched."""
 
 STRIP = 14
 """Tiles of a strip: what is transposed at once of a tensor in NCHW order."""
@@ -82,6 +85,7 @@ class Geometry(NamedTuple):
     v_plane: int
     u_plane: int
     m_plane: int
+    stream: int  # whether y is written past the caches
 
 
 def _odd_lines(numbers: int) -> int:
@@ -99,11 +103,13 @@ def _copy_in(x: Any, at: int, xc: int, xh: int, xw: int, rows: int, cols: int, c
             base = to + (i * cols + j) * LANES
             inside = 0 <= ih + i < height and 0 <= iw + j < width
             start = at + (ih + i) * xh + (iw + j) * xw
-            for c in range(LANES):
-                if inside and c < channels:
+            if inside and xc == 1 and channels >= LANES:
+                move(x, start, patch, base)
+                continue
+            clear(patch, base)
+            if inside:
+                for c in range(min(channels, LANES)):
                     patch[base + c] = x[start + c * xc]
-                else:
-                    patch[base + c] = 0.0
 
 
 @kernel
@@ -221,6 +227,7 @@ def kernels(m: int, r: int) -> Kernels:
             inside = g.xc == 1 and ih >= 0 and iw >= 0 and ih + alpha <= g.height and iw + alpha <= g.width
             for c in range(0, channels, LANES):
                 if inside and channels - c >= LANES:
+                    prefetch(alpha, m, x, at + ih * g.xh + (iw + AHEAD * m + r - 1) * g.xw + channel + c, g.xh, g.xw)
                     transform("BT", m, r, x, at + ih * g.xh + iw * g.xw + channel + c, g.xh, g.xw,
                               V, v_at + (t - first) * g.v_row + c, alpha * g.v_plane, g.v_plane)
                 else:
@@ -248,7 +255,7 @@ def kernels(m: int, r: int) -> Kernels:
                 cols = run * m
                 for k in range(0, outputs, LANES):
                     for i in range(run):
-                        finish(m, r, M, m_at + (t + i - first) * m_row + k, alpha * g.m_plane, g.m_plane,
+                        finish(m, r, 0, M, m_at + (t + i - first) * m_row + k, alpha * g.m_plane, g.m_plane,
                                bias, output + k, floor, patch, patch_at + i * m * LANES, cols * LANES, LANES)
                     _strip_out(patch, patch_at, cols, y, at + (output + k) * g.yc, g.yc, g.yh, rows,
                                min(cols, g.out_width - ow), min(LANES, outputs - k))
@@ -257,14 +264,21 @@ def kernels(m: int, r: int) -> Kernels:
             cols = min(m, g.out_width - ow)
             for k in range(0, outputs, LANES):
                 source = m_at + (t - first) * m_row + k
-                if g.yc == 1 and rows == m and cols == m and outputs - k >= LANES:
-                    finish(m, r, M, source, alpha * g.m_plane, g.m_plane, bias, output + k, floor,
+                whole = g.yc == 1 and rows == m and cols == m and outputs - k >= LANES
+                if whole and g.stream:
+                    finish(m, r, 1, M, source, alpha * g.m_plane, g.m_plane, bias, output + k, floor,
+                           y, at + output + k, g.yh, g.yw)
+                elif whole:
+                    finish(m, r, 0, M, source, alpha * g.m_plane, g.m_plane, bias, output + k, floor,
                            y, at + output + k, g.yh, g.yw)
                 else:
-                    finish(m, r, M, source, alpha * g.m_plane, g.m_plane, bias, output + k, floor,
+                    finish(m, r, 0, M, source, alpha * g.m_plane, g.m_plane, bias, output + k, floor,
                            patch, patch_at, m * LANES, LANES)
                     for i in range(rows):
                         for j in range(cols):
+                            if g.yc == 1 and outputs - k >= LANES:
+                                move(patch, patch_at + (i * m + j) * LANES, y, at + i * g.yh + j * g.yw + output + k)
+                                continue
                             for c in range(min(LANES, outputs - k)):
                                 y[at + i * g.yh + j * g.yw + (output + k + c) * g.yc] = patch[
                                     patch_at + (i * m + j) * LANES + c

@@ -137,9 +137,7 @@ def _layers(table: dict[str, object], where: str) -> tuple[LayerChoice, ...]:
     for name, given in table.items():
         row = _mapping(given, f"{where}.{name}")
         _only(row, f"{where}.{name}", ("kind", "convolution", "reason"))
-        if "convolution" not in row:
-            continue  # nothing of its own: the lever's value
-        choice = conv_choice(row["convolution"], where=f"{where}.{name}.convolution")
+        choice = conv_choice(row.get("convolution"), where=f"{where}.{name}.convolution")
         layers.append(LayerChoice(name, str(row.get("kind", "")), str(choice), str(row.get("reason", ""))))
     return tuple(layers)
 

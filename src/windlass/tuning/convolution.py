@@ -1,0 +1,247 @@
+"""Chooses the algorithms of convolutions: by domain and accuracy, by the cost model, then by measuring.
+
+PyTorch's own kernel always takes part, and it wins ties: another algorithm must be faster by `MARGIN`.  What the
+model takes for much slower than PyTorch's is not measured.  Times are kept (`tuning.cache`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from windlass.errors import ConfigError, unknown
+from windlass.plan.convolution import ACCURACIES, CONV_ALGORITHMS, DIRECTIONS, ConvChoice, Direction, candidates
+from windlass.tuning.cache import TimesCache
+from windlass.tuning.cost import Machine, predicted_s
+from windlass.tuning.results import MIB, TUNES, ConvCase, DirectionTuning, LayerTuning, Settings
+from windlass.tuning.timing import Effort, interleave, medians
+
+MARGIN = 1.03
+"""How many times faster than PyTorch's own an algorithm must measure."""
+MODEL_MARGIN = 1.15
+"""The same where nothing was measured, since the model errs."""
+MEASURED = 3
+"""How many algorithms are measured beside PyTorch's own."""
+HOPELESS = 1.5
+"""An algorithm predicted so many times slower than PyTorch's own is not measured."""
+DETOUR_S = 40e-6
+"""What a direction that stays PyTorch's pays for going through Windlass's operator."""
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Takes events for a person: ``tuning`` (what is measured) and ``warning``."""
+
+Measure = Callable[[ConvCase, Direction, Sequence[str]], dict[str, float]]
+"""Seconds of one direction by each of these algorithms, measured side by side."""
+
+Workspace = Callable[[str, Direction, ConvCase], int]
+"""Bytes of scratch memory, all threads together."""
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuses unknown names and a limit below zero.
+
+    Raises:
+        ConfigError: says what there is.
+    """
+    if settings.tune not in TUNES:
+        raise ConfigError(unknown("way to tune", settings.tune, TUNES))
+    if settings.accuracy not in ACCURACIES:
+        raise ConfigError(unknown("accuracy", settings.accuracy, ACCURACIES))
+    if settings.workspace_mb < 0:
+        raise ConfigError(f"workspace_mb: needs a number of at least 0, got {settings.workspace_mb}")
+
+
+@dataclass
+class Tuner:
+    """Chooses for one machine and one wish.
+
+    Attributes:
+        settings: the wish.
+        machine: for the cost model.
+        cache: times that are known already; new ones are put there, `cache.save` is the caller's.
+        measure: measures (`make_tuner` gives the real one).
+        workspace: scratch memory of an algorithm.
+        on_event: told what is being measured.
+    """
+
+    settings: Settings
+    machine: Machine
+    cache: TimesCache
+    measure: Measure
+    workspace: Workspace
+    on_event: OnEvent = lambda event: None
+
+    def __post_init__(self) -> None:
+        """Refuses a wish that cannot be."""
+        check_settings(self.settings)
+        self._done, self._total = 0, 1
+
+    def tune_all(self, layers: Mapping[str, Sequence[ConvCase]]) -> tuple[LayerTuning, ...]:
+        """The choices for several layers, in their order; what was measured is kept after each."""
+        self._done, self._total = 0, len(layers)
+        tunings = []
+        for name, cases in layers.items():
+            tunings.append(self.tune(name, cases))
+            self.cache.save()
+            self._done += 1
+        return tuple(tunings)
+
+    def tune(self, name: str, cases: Sequence[ConvCase]) -> LayerTuning:
+        """The choice for a layer that is called as `cases` say, perhaps several times in a step."""
+        assert cases
+        distinct: dict[ConvCase, int] = {}
+        for case in cases:
+            distinct[case] = distinct.get(case, 0) + 1
+        needed = [direction for direction in DIRECTIONS if any(direction in case.directions for case in cases)]
+        rows = tuple(self._direction(name, direction, distinct) for direction in needed)
+        return _worth_it(LayerTuning(name=name, cases=tuple(cases), directions=rows))
+
+    def _direction(self, name: str, direction: Direction, cases: Mapping[ConvCase, int]) -> DirectionTuning:
+        cases = {case: count for case, count in cases.items() if direction in case.directions}
+        possible, refused = self._possible(direction, list(cases))
+        predicted = {algorithm: self._predicted(algorithm, direction, cases) for algorithm in possible}
+        row = DirectionTuning(direction=direction, predicted=predicted)
+        if self.settings.tune == "off":
+            return replace(row, reason="tuning is off")
+        if len(possible) == 1:
+            return replace(row, reason=_why_alone(self.settings, refused))
+        worth = sorted(
+            (
+                algorithm
+                for algorithm in possible
+                if algorithm != "torch" and predicted[algorithm] <= HOPELESS * predicted["torch"]
+            ),
+            key=lambda algorithm: predicted[algorithm],
+        )[:MEASURED]
+        if not worth:
+            nearest = min((a for a in possible if a != "torch"), key=lambda a: predicted[a])
+            times = predicted[nearest] / predicted["torch"]
+            return replace(row, reason=f"{nearest} is predicted to take {times:.1f} times PyTorch's time")
+        if self.settings.tune == "model":
+            return decide(row, {a: predicted[a] for a in ("torch", *worth)}, margin=MODEL_MARGIN)
+        measured: dict[str, float] = dict.fromkeys(("torch", *worth), 0.0)
+        for case, count in cases.items():
+            seconds = self._measured(name, direction, case, tuple(measured))
+            measured = {algorithm: total + count * seconds[algorithm] for algorithm, total in measured.items()}
+        return decide(replace(row, measured=measured), measured, margin=MARGIN)
+
+    def _possible(self, direction: Direction, cases: list[ConvCase]) -> tuple[list[str], dict[str, str]]:
+        """Algorithms that can do all cases, and why others that are accurate enough cannot."""
+        sets = [{a.name for a in candidates(case.shape, accuracy=self.settings.accuracy)} for case in cases]
+        names = [name for name in CONV_ALGORITHMS if all(name in some for some in sets)]
+        limit, refused = self.settings.workspace_mb * MIB * self.machine.threads, {}
+        for name in names:
+            needed = max(self.workspace(name, direction, case) for case in cases) if name != "torch" else 0
+            if needed > limit:
+                per_thread = needed / self.machine.threads / MIB
+                refused[name] = f"{per_thread:.0f} MiB of workspace a thread, {self.settings.workspace_mb} allowed"
+        return [name for name in names if name not in refused], refused
+
+    def _predicted(self, algorithm: str, direction: Direction, cases: Mapping[ConvCase, int]) -> float:
+        return sum(
+            count * predicted_s(algorithm, direction, case.shape, machine=self.machine, layout=case.layout)
+            for case, count in cases.items()
+        )
+
+    def _measured(
+        self, name: str, direction: Direction, case: ConvCase, algorithms: tuple[str, ...]
+    ) -> dict[str, float]:
+        known = self.cache.get(case.key, direction)
+        if not set(algorithms) <= set(known):
+            self._tell(name, direction)
+            known = self.measure(case, direction, algorithms)
+            self.cache.put(case.key, direction, known)
+        return known
+
+    def _tell(self, name: str, direction: str) -> None:
+        event = {"kind": "tuning", "layer": name, "direction": direction, "done": self._done, "total": self._total}
+        self.on_event(event)
+
+
+def decide(row: DirectionTuning, rivals: Mapping[str, float], *, margin: float) -> DirectionTuning:
+    """The fastest of `rivals`, if it is faster than PyTorch's by `margin`.
+
+    >>> row = decide(DirectionTuning(direction="input"), {"torch": 3.0, "direct": 1.5}, margin=1.03)
+    >>> row.algorithm, row.reason
+    ('direct', "2.00 times as fast as PyTorch's")
+    """
+    best = min(rivals, key=lambda name: (rivals[name], name != "torch"))
+    if best != "torch" and rivals[best] * margin < rivals["torch"]:
+        said = f"{rivals['torch'] / rivals[best]:.2f} times as fast as PyTorch's"
+        return replace(row, algorithm=best, reason=said)
+    others = [name for name in rivals if name != "torch"]
+    nearest = min(others, key=lambda name: rivals[name])
+    times = rivals[nearest] / rivals["torch"]
+    return replace(row, reason=f"PyTorch's is fastest: {nearest} takes {times:.2f} times its time")
+
+
+def _why_alone(settings: Settings, refused: Mapping[str, str]) -> str:
+    if settings.accuracy == "exact":
+        return "accuracy exact leaves PyTorch's own"
+    if refused:
+        return "; ".join(f"{name} needs {why}" for name, why in refused.items())
+    return f"no other algorithm computes it at accuracy {settings.accuracy}"
+
+
+def _worth_it(tuning: LayerTuning) -> LayerTuning:
+    """PyTorch's own throughout, where what is won does not pay for the directions that stay PyTorch's."""
+    stay = sum(row.algorithm == "torch" for row in tuning.directions)
+    won = tuning.seconds(torch=True) - tuning.seconds()
+    if tuning.choice == ConvChoice() or won > stay * len(tuning.cases) * DETOUR_S:
+        return tuning
+    rows = tuple(
+        replace(row, algorithm="torch", reason=f"{row.reason}, but too little in all") if row.algorithm != "torch" else row
+        for row in tuning.directions
+    )
+    return replace(tuning, directions=rows)
+
+
+def make_tuner(settings: Settings, *, threads: int, on_event: OnEvent) -> Tuner:
+    """A tuner that really measures, on this machine with so many threads, and keeps times on disk."""
+    from windlass.kernels import convolve
+    from windlass.tuning.cache import cache_folder
+    from windlass.tuning.machine import fingerprint, measure_machine
+
+    check_settings(settings)
+    cache = TimesCache(
+        fingerprint(threads=threads),
+        warn=lambda message: on_event({"kind": "warning", "message": message}),
+        folder=cache_folder(),
+    )
+    if cache.machine is None:
+        cache.machine = measure_machine(threads=threads)
+        cache.save()
+
+    def workspace(algorithm: str, direction: Direction, case: ConvCase) -> int:
+        return convolve.workspace_bytes(algorithm, direction, shape=case.shape, threads=threads)
+
+    return Tuner(
+        settings=settings,
+        machine=cache.machine,
+        cache=cache,
+        measure=real_measure(threads=threads),
+        workspace=workspace,
+        on_event=on_event,
+    )
+
+
+def real_measure(*, threads: int, effort: Effort | None = None) -> Measure:
+    """Measures through the layers, as networks call them."""
+    import torch
+
+    from windlass.tuning.calls import CaseRunner
+
+    effort = effort or Effort()
+
+    def measure(case: ConvCase, direction: Direction, algorithms: Sequence[str]) -> dict[str, float]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            runner = CaseRunner(case)
+            rivals = {name: runner.runner(name, direction) for name in algorithms}
+            return medians(interleave(rivals, effort=effort))
+        finally:
+            torch.set_num_threads(before)
+
+    return measure
