@@ -21,6 +21,7 @@ from windlass.data.augment import parse_augment
 from windlass.errors import ConfigError, DataError, unknown
 from windlass.networks import check_network_name
 from windlass.optim.rules import Schedule, UpdateRule
+from windlass.tuning.results import Settings
 
 T = TypeVar("T")
 Scalar = str | int | float | bool
@@ -101,6 +102,10 @@ class EarlyStopConfig:
         _check_metric("early_stop.metric", self.metric)
 
 
+DEFAULT_TUNE = "off"
+"""How convolutions are chosen where nobody says otherwise, a key of `tuning.results.TUNES`."""
+
+
 EPOCH_METRICS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 """Metrics of an epoch that can be monitored."""
 
@@ -119,6 +124,9 @@ class TrainConfig:
         seed: of everything random.
         out: the run folder; empty: the next free ``runs/NETWORK-DATA-NNN``.
         plan: a plan file; empty: Windlass chooses.
+        tune: how it chooses the algorithms of convolutions: ``off`` (PyTorch's own), ``model`` or ``measure``.
+        accuracy: how much an algorithm may round: ``exact``, ``strict``, ``standard`` or ``fast``.
+        workspace_mb: scratch memory that an algorithm may take, MiB per thread.
         update, schedule, checkpoint, early_stop: see there.
         threads: threads of a rank's tensor operations; 0: its share of the cores.
         log_every: a row of metrics every so many steps.
@@ -134,6 +142,9 @@ class TrainConfig:
     seed: int = 0
     out: str = ""
     plan: str = ""
+    tune: str = DEFAULT_TUNE
+    accuracy: str = "standard"
+    workspace_mb: int = 64
     update: UpdateRule = field(default_factory=UpdateRule)
     schedule: Schedule = field(default_factory=Schedule)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -149,6 +160,7 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         _at_least("threads", self.threads, 0)
+        self.convolution_settings()
         if not self.stall_s > 0:
             raise ConfigError(f"stall_s: needs a number above 0, got {self.stall_s}")
         if self.batch < self.workers:
@@ -159,6 +171,10 @@ class TrainConfig:
             raise ConfigError(
                 f"schedule.warmup_epochs: {self.schedule.warmup_epochs} is longer than the run of {self.epochs} epochs"
             )
+
+    def convolution_settings(self) -> Settings:
+        """What the chooser of convolutions is asked for."""
+        return Settings(tune=self.tune, accuracy=self.accuracy, workspace_mb=self.workspace_mb)
 
     def to_mapping(self) -> dict[str, Any]:
         """The configuration as plain mappings and lists; what the update rule leaves open is filled in."""

@@ -125,6 +125,8 @@ class PlainDisplay(QuietDisplay):
                 self._print(*begin_lines(event))
             case "check":
                 self._print(f"{event['name']:>14}: {event['detail']}")
+            case "tuning" if time.monotonic() - self._shown > PLAIN_S:
+                self._print(f"measuring {event['layer']}, {event['direction']} ({event['done']} of {event['total']})")
             case "step" if time.monotonic() - self._shown > PLAIN_S:
                 self._print(
                     f"epoch {event['epoch'] + 1:3d}  step {event['step']}  loss {event['loss']:.4f}  "
@@ -179,6 +181,9 @@ class BarDisplay(QuietDisplay):
     def handle(self, event: Event) -> None:
         """Moves the bar or prints above it."""
         match event["kind"]:
+            case "tuning":
+                description = f"measuring {event['layer']}, {event['direction']}"
+                self._bar.update(self._task, total=event["total"], completed=event["done"], description=description)
             case "begin":
                 self._print(*begin_lines(event))
                 self._epochs = event["epochs"]

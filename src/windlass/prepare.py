@@ -5,10 +5,16 @@ All ranks do the same; what can go wrong goes wrong on all of them together, bef
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 from windlass.check.plan import check_plan
@@ -18,7 +24,7 @@ from windlass.data.serving import BatchServer
 from windlass.engine.agree import on_all, on_root
 from windlass.engine.launch import threads_per_rank
 from windlass.engine.world import World
-from windlass.errors import ConfigError
+from windlass.errors import ConfigError, WindlassError
 from windlass.job import Job
 from windlass.networks import NETWORKS, build_network, input_size
 from windlass.networks.capture import capture
@@ -26,9 +32,18 @@ from windlass.plan.graph import Graph
 from windlass.plan.plan import Plan, plan_from_mapping
 from windlass.runs.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from windlass.tuning.choose import choose_plan
+from windlass.tuning.convolution import OnEvent, make_tuner
+from windlass.tuning.cost import Layout
+from windlass.tuning.network import apply_plan, complete, tune_network, with_convolutions
+from windlass.tuning.results import Settings
+
+T = TypeVar("T")
 
 VARIED_SIZE = 224
 """Side of images from files for a network that says nothing of its own."""
+
+NAP_S = 0.02
+"""How long a rank that waits for rank 0's measurements sleeps between looks."""
 
 
 @dataclass
@@ -47,13 +62,22 @@ class Prepared:
     checkpoint: Checkpoint | None = None
 
 
-def prepare(job: Job, world: World, *, module: torch.nn.Module | None = None) -> Prepared:
-    """Opens the data, builds and captures the network, and reads, chooses and checks the plan.
+def prepare(
+    job: Job,
+    world: World,
+    *,
+    module: torch.nn.Module | None = None,
+    on_event: OnEvent = lambda event: None,
+    note: Callable[[str, int], None] = lambda phase, step: None,
+) -> Prepared:
+    """Opens the data, builds and captures the network, and reads, chooses, checks and applies the plan.
 
     Args:
         job: what to run.
         world: the ranks.
         module: the network itself, instead of `config.network`'s name (one worker only).
+        on_event: told on rank 0 what is measured, and warned.
+        note: told that this rank still lives.
 
     Raises:
         ConfigError, DataError: on every rank alike.
@@ -64,10 +88,12 @@ def prepare(job: Job, world: World, *, module: torch.nn.Module | None = None) ->
     dataset = on_all(world, lambda: open_dataset(config.data.source, holdout=config.data.holdout))
     size = image_size(config, dataset)
     torch.manual_seed(config.seed)
-    module = module or on_all(world, lambda: network_for(config, dataset, size))
-    graph = on_root(world, lambda: captured(config, module, channels=dataset.image_shape[0], size=size,
+    network = module or on_all(world, lambda: network_for(config, dataset, size))
+    graph = on_root(world, lambda: captured(config, network, channels=dataset.image_shape[0], size=size,
                                             num_classes=dataset.num_classes))  # fmt: skip
-    plan = on_root(world, lambda: plan_for(config, graph))
+    choose = functools.partial(plan_for, config, graph, network, threads=threads, on_event=on_event)
+    plan = on_root_alone(world, choose, note=lambda: note("waiting for rank 0, which measures", 0))
+    network = on_all(world, lambda: apply_plan(plan, graph, network))
     serve = {
         "dataset": dataset, "image_size": size, "seed": config.seed,
         "rank": world.rank, "world_size": world.size, "batch": config.batch,
@@ -76,7 +102,7 @@ def prepare(job: Job, world: World, *, module: torch.nn.Module | None = None) ->
         job=job,
         world=world,
         dataset=dataset,
-        module=module,
+        module=network,
         graph=graph,
         plan=plan,
         train=BatchServer(dataset.train, augment=config.data.augment, shuffle=True, **serve),  # type: ignore[arg-type]
@@ -112,17 +138,57 @@ def captured(config: TrainConfig, module: torch.nn.Module, *, channels: int, siz
     return capture(module, (share, channels, size, size), name=config.network, num_classes=num_classes)
 
 
-def plan_for(config: TrainConfig, graph: Graph) -> Plan:
-    """The plan in the configuration's file, checked, or the one Windlass chooses."""
+def plan_for(config: TrainConfig, graph: Graph, module: torch.nn.Module, *, threads: int, on_event: OnEvent) -> Plan:
+    """The plan in the configuration's file, checked and completed, or the one Windlass chooses."""
+    settings = config.convolution_settings()
     if not config.plan:
-        return choose_plan(graph, workers=config.workers, batch=config.batch)
+        plan = choose_plan(graph, workers=config.workers, batch=config.batch)
+        if settings.tune == "off" or settings.accuracy == "exact":
+            return plan
+        return _tuned(plan, graph, module, settings=settings, threads=threads, on_event=on_event)
     where = f"plan {config.plan}"
     plan = plan_from_mapping(read_yaml(Path(config.plan), "plan"), where=where)
     check_plan(plan, graph, where=where)
     for name, ours in (("workers", config.workers), ("batch", config.batch)):
         if getattr(plan, name) != ours:
             raise ConfigError(f"{where}: {name}: the plan says {getattr(plan, name)}, the configuration {ours}")
-    return plan
+    whole = complete(plan, graph)
+    if plan.value("convolution") != "auto" or len(plan.layers) == len(whole.layers):
+        return whole
+    settings = dataclasses.replace(settings, tune="model") if settings.tune == "off" else settings
+    rows = {row.name: row for row in plan.layers}
+    tuned = _tuned(whole, graph, module, settings=settings, threads=threads, on_event=on_event)
+    return dataclasses.replace(tuned, layers=tuple(rows.get(row.name, row) for row in tuned.layers))
+
+
+def _tuned(
+    plan: Plan, graph: Graph, module: torch.nn.Module, *, settings: Settings, threads: int, on_event: OnEvent
+) -> Plan:
+    tuner = make_tuner(settings, threads=threads, on_event=on_event)
+    layout: Layout = "channels_last" if plan.value("layout") == "channels_last" else "contiguous"
+    return with_convolutions(plan, tune_network(graph, module, layout=layout, tuner=tuner))
+
+
+def on_root_alone(world: World, action: Callable[[], T], *, note: Callable[[], None]) -> T:
+    """`on_root` for what takes long and wants the machine: the other ranks sleep meanwhile, and say they live."""
+    outcome: tuple[T | None, WindlassError | None] = (None, None)
+    if world.rank == 0:
+        try:
+            outcome = (action(), None)
+        except WindlassError as error:
+            outcome = (None, error)
+    arrived = world.start_sum(np.zeros(1), np.empty(1))
+    while not arrived.test():
+        note()
+        time.sleep(NAP_S)
+
+    def give() -> T:
+        value, error = outcome
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
+
+    return on_root(world, give)
 
 
 def _checkpoint(job: Job) -> Checkpoint | None:

@@ -45,7 +45,14 @@ def run_rank(
         WindlassError: whatever ended the run, on every rank alike.
     """
     note("preparing", 0)
-    prepared = prepare(job, world, module=module)
+
+    def on_event(event: dict[str, Any]) -> None:
+        if stop.reason is not None:
+            raise StoppedError(f"stopped on request ({stop.reason}) before the first step; nothing was written")
+        note("measuring convolutions", int(event.get("done", 0)))
+        emit(event)
+
+    prepared = prepare(job, world, module=module, on_event=on_event, note=note)
     checks = on_root(world, lambda: check_resources(prepared))
     if job.dry_run:
         return _dry_run(prepared, checks, emit=emit, stop=stop, note=note)

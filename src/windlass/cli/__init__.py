@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from windlass.cli import bench, inspect, plan, report, train
+from windlass.cli import bench, inspect, plan, report, train, tune
 from windlass.errors import EXIT_CODES, WindlassError
 
 # Typer brings its own Click in newer releases and uses the installed one before; these are its classes either way.
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.command("train", epilog=EPILOG)(train.train_command)
 app.command("plan")(plan.plan_command)
 app.command("inspect")(inspect.inspect_command)
+app.command("tune")(tune.tune_command)
 app.command("report")(report.report_command)
 app.add_typer(bench.app, name="bench")
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from windlass.errors import ConfigError
 from windlass.networks import NETWORKS, check_network_name
 from windlass.plan.graph import Graph, Layer
 from windlass.report.units import num_bytes, plain
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def inspect_command(
@@ -62,6 +65,19 @@ def capture_network(
     size: int | None,
     settings: list[str],
 ) -> Graph:
+    """Captures a network by name; what is not given is the network's own default."""
+    return build_and_capture(network, batch=batch, classes=classes, channels=channels, size=size, settings=settings)[1]
+
+
+def build_and_capture(
+    network: str,
+    *,
+    batch: int,
+    classes: int | None,
+    channels: int | None,
+    size: int | None,
+    settings: list[str],
+) -> tuple[nn.Module, Graph]:
     """Builds and captures a network by name; what is not given is the network's own default."""
     check_network_name(network)
     if batch < 1:
@@ -84,7 +100,7 @@ def capture_network(
     from windlass.networks.capture import capture
 
     module = build_network(network, num_classes=num_classes, in_channels=in_channels, image_size=side, **arguments)
-    return capture(module, (batch, in_channels, side, side), name=network, num_classes=num_classes)
+    return module, capture(module, (batch, in_channels, side, side), name=network, num_classes=num_classes)
 
 
 Column = tuple[str, Callable[[Layer], str]]

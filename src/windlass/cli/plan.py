@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from windlass.config import assignment, config_from_layers, join
+from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP, TuningBar
+from windlass.config import DEFAULT_TUNE, assignment, config_from_layers, join
 from windlass.runs.files import to_yaml, write_atomically
 
 
@@ -18,22 +19,40 @@ def plan_command(
     data: Annotated[str, typer.Option(help="The data source that the network will be trained on.")] = "digits",
     workers: Annotated[int, typer.Option(help="Ranks that share every batch.")] = 1,
     batch: Annotated[int, typer.Option(help="Global batch.")] = 64,
+    tune: Annotated[str, typer.Option(help=TUNE_HELP)] = DEFAULT_TUNE,
+    accuracy: Annotated[str, typer.Option(help=ACCURACY_HELP)] = "standard",
+    workspace_mb: Annotated[int, typer.Option(help=WORKSPACE_HELP)] = 64,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the plan; default: print it.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the configuration.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Write the plan the trainer would use: every lever at its value, with its reason."""
-    given = {"network": network, "data": {"source": data}, "workers": workers, "batch": batch}
+    given = {
+        "network": network,
+        "data": {"source": data},
+        "workers": workers,
+        "batch": batch,
+        "tune": tune,
+        "accuracy": accuracy,
+        "workspace_mb": workspace_mb,
+    }
     config = config_from_layers([join([given, *map(assignment, settings or [])])])
 
+    import torch
+
     from windlass.data import open_dataset
+    from windlass.engine.launch import threads_per_rank
     from windlass.prepare import captured, image_size, network_for, plan_for
 
     dataset = open_dataset(config.data.source, holdout=config.data.holdout)
     size = image_size(config, dataset)
     module = network_for(config, dataset, size)
     graph = captured(config, module, channels=dataset.image_shape[0], size=size, num_classes=dataset.num_classes)
-    mapping = plan_for(config, graph).to_mapping()
+    threads = config.threads or threads_per_rank(config.workers)
+    torch.set_num_threads(threads)
+    with TuningBar() as bar:
+        chosen = plan_for(config, graph, module, threads=threads, on_event=bar.handle)
+    mapping = chosen.to_mapping()
     text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n" if json_output else to_yaml(mapping)
     if out is None:
         sys.stdout.write(text)

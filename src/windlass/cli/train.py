@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP
 from windlass.config import assignment, config_file, join
 from windlass.display import make_display
 from windlass.engine.world import world_from_environment
@@ -39,6 +40,9 @@ def train_command(
     augment: Annotated[str | None, typer.Option(help="E.g. shift:2,flip; none for no augmentation.")] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; default the next free runs/NETWORK-DATA-NNN.")] = None,
     plan: Annotated[str | None, typer.Option(help="Plan file (windlass plan writes one).")] = None,
+    tune: Annotated[str | None, typer.Option(help=TUNE_HELP)] = None,
+    accuracy: Annotated[str | None, typer.Option(help=ACCURACY_HELP)] = None,
+    workspace_mb: Annotated[int | None, typer.Option(help=WORKSPACE_HELP)] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).")] = None,
     settings: Annotated[
         list[str] | None,
@@ -62,6 +66,9 @@ def train_command(
         "seed": seed,
         "out": out,
         "plan": plan,
+        "tune": tune,
+        "accuracy": accuracy,
+        "workspace_mb": workspace_mb,
         "data": _given({"source": data, "augment": augment}),
         "update": _given({"name": update, "lr": lr}),
         "schedule": _given({"name": schedule, "warmup_epochs": warmup}),

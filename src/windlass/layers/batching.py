@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from windlass.errors import ConfigError
-from windlass.layers.choice import resolve
+from windlass.layers.choice import AUTO, resolve
 from windlass.layers.operators import BACKWARD_INPUT, BACKWARD_WEIGHT, CONV2D, LIBRARY, shape_of
 
 Dims = tuple[int | None, ...]
@@ -30,11 +30,14 @@ def _vmap_conv2d(
     geometry = (stride, padding, dilation)
     if dim_bias is not None:  # added to each sample's own result
         assert bias is not None
-        y, dim = _vmap_conv2d(info, (dim_x, dim_weight, None), x, weight, None, *geometry, groups, algorithm, False)
-        y = y.movedim(dim, 0) + bias.movedim(dim_bias, 0)[:, None, :, None, None]
-        return (y.relu_() if relu else y), 0
-    if dim_x is None and dim_weight is None:
-        raise AssertionError("one tensor has the dimension of vmap")
+        if dim_x is None and dim_weight is None:
+            y = CONV2D(x, weight, None, *geometry, groups, algorithm, False)
+        else:
+            unbiased = (dim_x, dim_weight, None, *dims[3:])
+            y, dim = _vmap_conv2d(info, unbiased, x, weight, None, *geometry, groups, algorithm, False)
+            y = y.movedim(dim, 0)
+        y = y + bias.movedim(dim_bias, 0)[:, None, :, None, None]
+        return (y.relu() if relu else y), 0
     if dim_weight is None:
         assert dim_x is not None
         y = CONV2D(_into_batch(x, dim_x), weight, bias, *geometry, groups, algorithm, relu)
@@ -112,6 +115,8 @@ def _takes(
     algorithm: str, x: tuple[int, ...], weight: tuple[int, ...], geometry: tuple[list[int], ...], groups: int
 ) -> bool:
     """Whether the algorithm computes the regrouped convolution."""
+    if algorithm == AUTO:
+        return True
     stride, padding, dilation = (tuple(values) for values in geometry)
     try:
         resolve(algorithm, shape_of(x, weight, stride, padding, dilation, groups))
@@ -121,10 +126,13 @@ def _takes(
 
 
 def _one_by_one(op: Any, info: Any, dims: Dims, args: tuple[Any, ...]) -> Batched:
-    results = []
-    for index in range(info.batch_size):
-        results.append(op(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, dims, strict=True))))
-    return torch.stack(results), 0
+    def of(index: int) -> tuple[Any, ...]:
+        # The dims of lists are lists of None.
+        return tuple(
+            arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in zip(args, dims, strict=True)
+        )
+
+    return torch.stack([op(*of(index)) for index in range(info.batch_size)]), 0
 
 
 torch.library.register_vmap("windlass::conv2d", _vmap_conv2d, lib=LIBRARY)

@@ -46,7 +46,9 @@ class Program:
 Value = TypeVar("Value")
 
 
-def evaluate(program: Program, inputs: Sequence[Value], apply: Callable[[Op, Value | None, Value | None], Value]) -> list[Value]:
+def evaluate(
+    program: Program, inputs: Sequence[Value], apply: Callable[[Op, Value | None, Value | None], Value]
+) -> list[Value]:
     """Walks the program; `apply` makes the value of each operation other than an input."""
     values: list[Any] = []
     for op in program.ops:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from windlass.plan.convolution import candidates
-from windlass.tuning.convolution import OnEvent, Tuner, check_settings, make_tuner
+from windlass.tuning.convolution import OnEvent, Tuner, make_tuner
 from windlass.tuning.cost import Layout, predicted_s
 from windlass.tuning.observe import Observed, observe
 from windlass.tuning.report import ConvolutionPlan
@@ -58,7 +58,6 @@ def accelerate(
         ConfigError: an unknown name, or the model fails on the example.
     """
     settings = Settings(tune=tune, accuracy=accuracy, workspace_mb=workspace_mb)
-    check_settings(settings)
     observed = observe(model, example_input, training=training)
     tuner = None
     if tune != "off" and accuracy != "exact":
@@ -104,7 +103,7 @@ def plan_observed(observed: Observed, settings: Settings, tuner: Tuner | None) -
 
 
 def _fused(layer: LayerTuning, fusable: bool) -> LayerTuning:
-    """With the ReLU behind it, where Windlass computes the forward pass: PyTorch's would only do one after the other."""
+    """With the ReLU behind it, where Windlass computes the forward pass; PyTorch has no kernel for both."""
     return replace(layer, activation="relu") if fusable and layer.choice.forward != "torch" else layer
 
 

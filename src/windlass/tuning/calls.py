@@ -28,9 +28,9 @@ class CaseRunner:
         results = torch.channels_last if torch.channels_last in (images, weights) else images  # PyTorch's rule
         random = torch.Generator().manual_seed(0)
         outputs = (shape.batch, shape.out_channels, shape.out_height, shape.out_width)
-        self._x = torch.randn(
-            (shape.batch, shape.in_channels, shape.height, shape.width), generator=random
-        ).contiguous(memory_format=images)
+        self._x = torch.randn((shape.batch, shape.in_channels, shape.height, shape.width), generator=random).contiguous(
+            memory_format=images
+        )
         self._dy = torch.randn(outputs, generator=random).contiguous(memory_format=results)
         with torch.random.fork_rng(devices=[]):
             self._conv = plain_conv(case)
@@ -42,7 +42,7 @@ class CaseRunner:
         if direction == "forward":
             return self._forward(layer)
         x = self._x.detach().requires_grad_(direction == "input")
-        targets = [x] if direction == "input" else [parameter for parameter in layer.parameters()]
+        targets = [x] if direction == "input" else list(layer.parameters())
         for parameter in layer.parameters():
             parameter.requires_grad_(direction == "weight")
         y = layer(x)
@@ -52,6 +52,23 @@ class CaseRunner:
         """What `direction` computes by `algorithm`; of the weights' and the bias's gradients, the former."""
         found = self.runner(algorithm, direction)()
         return found if isinstance(found, Tensor) else found[0]  # type: ignore[index]
+
+    def reference(self, direction: Direction) -> Tensor:
+        """The same in float64, by PyTorch."""
+        layer = self._layer("torch", direction).double()
+        x = self._x.detach().double().requires_grad_()
+        y: Tensor = layer(x)
+        if direction == "forward":
+            return y.detach()
+        return torch.autograd.grad(y, x if direction == "input" else layer.weight, self._dy.double())[0]
+
+    def tensors(self, direction: Direction) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Input, weights, bias and the output's gradient, for another library; what `direction` asks for wants one."""
+        layer = self._layer("torch", direction)
+        x = self._x.detach().requires_grad_(direction == "input")
+        for parameter in layer.parameters():
+            parameter.requires_grad_(direction == "weight")
+        return x, layer.weight, layer.bias, self._dy
 
     def _forward(self, layer: nn.Conv2d) -> Callable[[], object]:
         x = self._x.detach().requires_grad_(self.case.is_training and "input" in self.case.directions)
@@ -76,9 +93,7 @@ class CaseRunner:
             conv.bias = nn.Parameter(self._conv.bias.detach().clone())
         if algorithm == "torch":
             return conv
-        layer = Conv2d.from_torch(conv)
-        layer.algorithm = str(ConvChoice(**{direction: algorithm}))
-        return layer
+        return Conv2d.from_torch(conv, algorithm=str(ConvChoice(**{direction: algorithm})))
 
 
 def plain_conv(case: ConvCase) -> nn.Conv2d:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from windlass.errors import ConfigError, unknown
-from windlass.plan.convolution import ACCURACIES, CONV_ALGORITHMS, DIRECTIONS, ConvChoice, Direction, candidates
+from windlass.plan.convolution import CONV_ALGORITHMS, DIRECTIONS, ConvChoice, Direction, candidates
 from windlass.tuning.cache import TimesCache
-from windlass.tuning.cost import Machine, predicted_s
-from windlass.tuning.results import MIB, TUNES, ConvCase, DirectionTuning, LayerTuning, Settings
+from windlass.tuning.cost import FLOAT_BYTES, Machine, predicted_s
+from windlass.tuning.results import MIB, ConvCase, DirectionTuning, LayerTuning, Settings
 from windlass.tuning.timing import Effort, interleave, medians
 
 MARGIN = 1.03
@@ -38,20 +37,6 @@ Workspace = Callable[[str, Direction, ConvCase], int]
 """Bytes of scratch memory, all threads together."""
 
 
-def check_settings(settings: Settings) -> None:
-    """Refuses unknown names and a limit below zero.
-
-    Raises:
-        ConfigError: says what there is.
-    """
-    if settings.tune not in TUNES:
-        raise ConfigError(unknown("way to tune", settings.tune, TUNES))
-    if settings.accuracy not in ACCURACIES:
-        raise ConfigError(unknown("accuracy", settings.accuracy, ACCURACIES))
-    if settings.workspace_mb < 0:
-        raise ConfigError(f"workspace_mb: needs a number of at least 0, got {settings.workspace_mb}")
-
-
 @dataclass
 class Tuner:
     """Chooses for one machine and one wish.
@@ -73,8 +58,7 @@ class Tuner:
     on_event: OnEvent = lambda event: None
 
     def __post_init__(self) -> None:
-        """Refuses a wish that cannot be."""
-        check_settings(self.settings)
+        """Counts for progress."""
         self._done, self._total = 0, 1
 
     def tune_all(self, layers: Mapping[str, Sequence[ConvCase]]) -> tuple[LayerTuning, ...]:
@@ -95,7 +79,7 @@ class Tuner:
             distinct[case] = distinct.get(case, 0) + 1
         needed = [direction for direction in DIRECTIONS if any(direction in case.directions for case in cases)]
         rows = tuple(self._direction(name, direction, distinct) for direction in needed)
-        return _worth_it(LayerTuning(name=name, cases=tuple(cases), directions=rows))
+        return _worth_it(LayerTuning(name=name, cases=tuple(cases), directions=rows), self.machine)
 
     def _direction(self, name: str, direction: Direction, cases: Mapping[ConvCase, int]) -> DirectionTuning:
         cases = {case: count for case, count in cases.items() if direction in case.directions}
@@ -173,6 +157,8 @@ def decide(row: DirectionTuning, rivals: Mapping[str, float], *, margin: float) 
     others = [name for name in rivals if name != "torch"]
     nearest = min(others, key=lambda name: rivals[name])
     times = rivals[nearest] / rivals["torch"]
+    if times < 1:
+        return replace(row, reason=f"PyTorch's wins the tie: {nearest} takes {times:.2f} times its time")
     return replace(row, reason=f"PyTorch's is fastest: {nearest} takes {times:.2f} times its time")
 
 
@@ -184,17 +170,30 @@ def _why_alone(settings: Settings, refused: Mapping[str, str]) -> str:
     return f"no other algorithm computes it at accuracy {settings.accuracy}"
 
 
-def _worth_it(tuning: LayerTuning) -> LayerTuning:
+def _worth_it(tuning: LayerTuning, machine: Machine) -> LayerTuning:
     """PyTorch's own throughout, where what is won does not pay for the directions that stay PyTorch's."""
-    stay = sum(row.algorithm == "torch" for row in tuning.directions)
-    won = tuning.seconds(torch=True) - tuning.seconds()
-    if tuning.choice == ConvChoice() or won > stay * len(tuning.cases) * DETOUR_S:
+    if tuning.choice == ConvChoice():
+        return tuning
+    detours_s = sum(_detour_s(row, case, machine) for row in tuning.directions for case in tuning.cases)
+    if tuning.seconds(torch=True) - tuning.seconds() > detours_s:
         return tuning
     rows = tuple(
-        replace(row, algorithm="torch", reason=f"{row.reason}, but too little in all") if row.algorithm != "torch" else row
+        replace(row, algorithm="torch", reason=f"{row.reason}, but too little in all")
+        if row.algorithm != "torch"
+        else row
         for row in tuning.directions
     )
     return replace(tuning, directions=rows)
+
+
+def _detour_s(row: DirectionTuning, case: ConvCase, machine: Machine) -> float:
+    """What a direction costs that stays PyTorch's within Windlass's layer: the operator, and the bias's gradient."""
+    if row.algorithm != "torch" or row.direction not in case.directions:
+        return 0.0
+    shape = case.shape
+    outputs = shape.batch * shape.out_channels * shape.out_height * shape.out_width
+    apart = FLOAT_BYTES * outputs / machine.bytes_per_s if row.direction == "weight" and case.bias else 0.0
+    return DETOUR_S + apart
 
 
 def make_tuner(settings: Settings, *, threads: int, on_event: OnEvent) -> Tuner:
@@ -203,7 +202,6 @@ def make_tuner(settings: Settings, *, threads: int, on_event: OnEvent) -> Tuner:
     from windlass.tuning.cache import cache_folder
     from windlass.tuning.machine import fingerprint, measure_machine
 
-    check_settings(settings)
     cache = TimesCache(
         fingerprint(threads=threads),
         warn=lambda message: on_event({"kind": "warning", "message": message}),

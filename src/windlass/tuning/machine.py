@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import platform
 import re
@@ -38,9 +39,7 @@ def fingerprint(*, threads: int) -> dict[str, object]:
 @lru_cache(maxsize=1)
 def kernels_digest() -> str:
     """Names the sources of kernels and layers: after a change of theirs, old times say nothing."""
-    import windlass
-
-    package = Path(windlass.__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for folder in ("kernels", "layers"):
         for path in sorted((package / folder).rglob("*.py")):
@@ -85,10 +84,10 @@ def peak_flops(threads: int) -> float:
 def _kernel_peak(threads: int) -> float:
     """What Windlass's own matrix kernel reaches; 0 where there is none."""
     try:
-        from windlass.kernels.peak import measured_peak
+        peak = importlib.import_module("windlass.kernels.peak")
     except ImportError:
         return 0.0
-    return float(measured_peak(threads))
+    return float(peak.measured_peak(threads))
 
 
 def _bytes_per_s() -> float:

@@ -133,5 +133,3 @@ def _has_bias(layer: Layer, shape: ConvShape) -> bool:
 def _directions(layer: Layer) -> tuple[Direction, ...]:
     """The network's input has no gradient."""
     return tuple(direction for direction in DIRECTIONS if direction != "input" or layer.inputs != (INPUT,))
-
-

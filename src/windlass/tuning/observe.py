@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from windlass.errors import ConfigError
+from windlass.layers.aten import is_channels_last
 from windlass.plan.convolution import ConvShape, Direction
 from windlass.plan.shapes import same_padding
 from windlass.tuning.cost import Layout
@@ -147,10 +148,8 @@ def case_of(conv: nn.Conv2d, x: Tensor, *, training: bool) -> ConvCase:
 
 
 def layout_of(tensor: Tensor) -> Layout:
-    """The order of its dimensions; contiguous where both would be right."""
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
-        return "contiguous"
-    return "channels_last"
+    """The order of its dimensions, as PyTorch's convolution takes it."""
+    return "channels_last" if is_channels_last(tensor) else "contiguous"
 
 
 def _two(value: tuple[int, ...]) -> tuple[int, int]:
@@ -169,7 +168,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
             yield
     finally:
         random.setstate(python_state)

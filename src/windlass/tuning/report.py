@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 from windlass.tuning.cost import Machine
 from windlass.tuning.results import ConvCase, DirectionTuning, LayerTuning, Settings
 
-TITLES = ("layer", "convolution", "direction", "algorithm", "ms", "predicted", "PyTorch", "predicted", "speed-up", "why")
+TITLES = (
+    "layer",
+    "convolution",
+    "direction",
+    "algorithm",
+    "ms",
+    "predicted",
+    "PyTorch",
+    "predicted",
+    "speed-up",
+    "why",
+)
 """The table's columns; the two times marked *predicted* are the cost model's."""
 LEFT = frozenset({0, 1, 2, 3, 9})
 """Columns of words."""
@@ -112,9 +123,9 @@ def _ms(seconds: float | None) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: frozenset[int]) -> list[str]:
-    """Lines of aligned columns, words to the left and numbers to the right, a rule under the titles.
+    r"""Lines of aligned columns, words to the left and numbers to the right, a rule under the titles.
 
-    >>> print("\\n".join(table(("name", "n"), [("a", "10"), ("bcdef", "2")], left=frozenset({0}))))
+    >>> print("\n".join(table(("name", "n"), [("a", "10"), ("bcdef", "2")], left=frozenset({0}))))
     name    n
     -----  --
     a      10

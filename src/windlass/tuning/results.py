@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-from windlass.plan.convolution import DIRECTIONS, ConvChoice, ConvShape, Direction
+from windlass.errors import ConfigError, unknown
+from windlass.plan.convolution import ACCURACIES, DIRECTIONS, ConvChoice, ConvShape, Direction
 from windlass.tuning.cost import Layout
 
 TUNES: dict[str, str] = {
@@ -66,6 +68,15 @@ class Settings:
     accuracy: str = "standard"
     workspace_mb: int = 64
 
+    def __post_init__(self) -> None:
+        """Refuses unknown names, saying which there are, and a limit below zero."""
+        if self.tune not in TUNES:
+            raise ConfigError(f"tune: {unknown('way to tune', self.tune, TUNES)}")
+        if self.accuracy not in ACCURACIES:
+            raise ConfigError(f"accuracy: {unknown('accuracy', self.accuracy, ACCURACIES)}")
+        if self.workspace_mb < 0:
+            raise ConfigError(f"workspace_mb: needs a number of at least 0, got {self.workspace_mb}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectionTuning:
@@ -116,7 +127,7 @@ class LayerTuning:
     cases: tuple[ConvCase, ...] = ()
     directions: tuple[DirectionTuning, ...] = ()
     reason: str = ""
-    activation: str | None = None
+    activation: Literal["relu"] | None = None
 
     @property
     def choice(self) -> ConvChoice:

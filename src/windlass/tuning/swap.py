@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,7 +27,7 @@ class Swap:
     """What becomes of one convolution: its algorithms, and the activation computed with it."""
 
     choice: ConvChoice
-    activation: str | None = None
+    activation: Literal["relu"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def followers(module: nn.Module) -> dict[nn.Conv2d, Follower]:
         if not isinstance(parent, nn.Sequential) or type(parent).forward is not nn.Sequential.forward:
             continue
         rows = list(parent._modules.items())
-        for (_, conv), (key, relu) in zip(rows, rows[1:], strict=False):
+        for (_, conv), (key, relu) in pairwise(rows):
             if not isinstance(conv, nn.Conv2d) or not is_convolution(conv) or type(relu) is not nn.ReLU:
                 continue
             if places[conv] == 1 and not _has_hooks(conv) and not _has_hooks(relu):
@@ -157,11 +159,8 @@ def converted(conv: nn.Conv2d, swap: Swap) -> nn.Conv2d:
     """Windlass's layer with everything that `conv` has."""
     from windlass.layers import Conv2d
 
-    layer = Conv2d.from_torch(conv)
-    layer.__dict__.update(vars(conv))  # parameters, hooks, mode and own attributes: the same objects
-    layer.algorithm = str(swap.choice)
-    layer.activation = swap.activation or (conv.activation if isinstance(conv, Conv2d) else None)
-    return layer
+    before = conv.activation if isinstance(conv, Conv2d) else None
+    return Conv2d.from_torch(conv, algorithm=str(swap.choice), activation=swap.activation or before)
 
 
 def _path(module: nn.Module, conv: nn.Module) -> str:
@@ -170,4 +169,3 @@ def _path(module: nn.Module, conv: nn.Module) -> str:
 
 def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in HOOKS)
-

@@ -29,7 +29,9 @@ class Effort:
     hopeless: float = 4.0
 
 
-def interleave(rivals: Mapping[str, Action], *, effort: Effort, clock: Clock = time.perf_counter) -> dict[str, list[float]]:
+def interleave(
+    rivals: Mapping[str, Action], *, effort: Effort, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every rival's turns; the first call of each is a warm-up and does not count.
 
     Rounds rotate their order, so that none always runs behind the same other.
