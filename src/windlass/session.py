@@ -25,6 +25,7 @@ from windlass.report.units import num_bytes, plain
 from windlass.runs.checkpoint import MANIFEST, list_checkpoints, set_aside_later
 from windlass.runs.folder import check_writable, describe_machine, free_bytes, memory_bytes, write_folder
 from windlass.runs.metrics import MetricsWriter
+from windlass.tuning.network import plan_workspace_bytes
 
 OPTIMIZER_COPIES = {"SGD": 1, "Adagrad": 1, "Adam": 2, "AdamW": 2}
 """Tensors of the parameters' size that PyTorch's optimizers keep."""
@@ -211,7 +212,9 @@ def check_resources(prepared: Prepared) -> dict[str, str]:
     """
     config, world = prepared.job.config, prepared.world
     rule, folder = config.update.name, Path(prepared.job.folder)
-    needed = world.local_size * worker_bytes(prepared.graph, update_rule=rule, world_size=world.size)
+    scratch = plan_workspace_bytes(prepared.plan, prepared.graph, threads=prepared.threads)
+    tensors = worker_bytes(prepared.graph, update_rule=rule, world_size=world.size)
+    needed = world.local_size * (tensors + scratch)
     available = memory_bytes("MemAvailable")
     if available and needed > available:
         raise ConfigError(

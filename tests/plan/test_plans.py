@@ -18,7 +18,10 @@ PLAN = Plan(
     workers=2,
     batch=16,
     levers={name: Choice(lever.default, f"because of {name}: ∇W") for name, lever in LEVERS.items()},
-    layers=(LayerChoice("c1", "conv2d", "torch"), LayerChoice("block.0.c2", "conv2d", "torch")),
+    layers=(
+        LayerChoice("c1", "conv2d", "torch"),
+        LayerChoice("block.0.c2", "conv2d", "winograd-4x4/winograd-4x4/direct", "2.10 times as fast"),
+    ),
 )
 
 
@@ -38,6 +41,14 @@ def test_a_plan_goes_through_yaml_and_back() -> None:
     assert mapping() == PLAN.to_mapping()
     assert plan_from_mapping(mapping(), where="p.yaml") == PLAN
     assert mapping()["schema"] == SCHEMA
+    assert mapping()["layers"]["c1"] == {"kind": "conv2d", "convolution": "torch"}
+    assert mapping()["layers"]["block.0.c2"]["reason"] == "2.10 times as fast"
+
+
+def test_one_name_and_three_alike_are_the_same_choice() -> None:
+    spoiled = mapping()
+    spoiled["layers"]["c1"]["convolution"] = "direct/direct/direct"
+    assert plan_from_mapping(spoiled, where="p.yaml").layers[0].convolution == "direct"
 
 
 def test_a_value_is_found_by_its_lever() -> None:
@@ -119,9 +130,17 @@ MUTANTS: list[tuple[Spoil, str]] = [
     (put("layers", "c1", "algorithm", value="torch"), "p.yaml: layers.c1: unknown entry 'algorithm'. There"),
     (
         put("layers", "c1", "convolution", value="magic"),
-        "p.yaml: layers.c1.convolution: 'magic' is not a value of it; choose from: torch",
+        "p.yaml: layers.c1.convolution: unknown convolution algorithm 'magic'. There are: direct, fft-16",
     ),
-    (put("layers", "block.0.c2", "convolution", value=None), "p.yaml: layers.block.0.c2.convolution: None is not"),
+    (
+        put("layers", "c1", "convolution", value="direct/winograd4x4/torch"),
+        "p.yaml: layers.c1.convolution: unknown convolution algorithm 'winograd4x4'; did you mean 'winograd-4x4'",
+    ),
+    (put("layers", "c1", "convolution", value="direct/torch"), "p.yaml: layers.c1.convolution: convolution algorithm "
+     "'direct/torch': needs one name, or three for forward/input/weight"),
+    (put("layers", "c1", "convolution", value=3), "p.yaml: layers.c1.convolution: needs an algorithm's name, or three"),
+    (lambda table: table["layers"]["c1"].pop("convolution"), "p.yaml: layers.c1.convolution: needs an algorithm's"),
+    (put("layers", "block.0.c2", "convolution", value=None), "p.yaml: layers.block.0.c2.convolution: needs an algo"),
     (put("wokers", value=2), "p.yaml: unknown entry 'wokers'; did you mean 'workers'"),
 ]  # fmt: skip
 

@@ -70,7 +70,9 @@ def tune_command(
         print(json.dumps(head | found.to_mapping(), ensure_ascii=False))
         return
     shape = "×".join(map(str, graph.input_shape))
+    machine = tuner.machine
     print(f"{network}, input {shape}, {layout}, {threads} thread(s), accuracy {accuracy}, tune {tune}")
+    print(f"measured peaks: {machine.peak_flops / 1e9:.0f} GFLOP/s, {machine.bytes_per_s / 1e9:.0f} GB/s")
     print(found)
 
 

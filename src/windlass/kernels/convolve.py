@@ -7,38 +7,93 @@ Results are written in whole, into `y`, `dx` or `dw`.  `threads` threads work; t
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from windlass.kernels import reference
-from windlass.plan.convolution import ConvShape, Direction
+from windlass.errors import ConfigError, unknown
+from windlass.plan.convolution import CONV_ALGORITHMS, ConvAlgorithm, ConvShape, Direction
 
 Array = npt.NDArray[np.float32]
+
+MODULES = {
+    "direct": "windlass.kernels.direct",
+    "im2col": "windlass.kernels.im2col",
+    "winograd": "windlass.kernels.winograd",
+    "fft": "windlass.kernels.fft",
+}
+"""The module of each family, with functions forward, backward_input, backward_weight and workspace_bytes."""
 
 
 def forward(
     algorithm: str, x: Array, w: Array, bias: Array | None, y: Array, *, shape: ConvShape, threads: int,
-    relu: bool = False,
+    relu: bool = False, weights_key: Hashable | None = None,
 ) -> None:  # fmt: skip
-    """Writes y = conv(x, w) + bias, and max(y, 0) with `relu`; NaN stays NaN."""
-    y[...] = reference.forward(x, w, bias, shape=shape, relu=relu)
+    """Writes y = conv(x, w) + bias, and max(y, 0) with `relu`; NaN stays NaN.
+
+    `weights_key` names the weights' present values: equal keys promise equal weights, so that what was computed
+    from them (their spectra) may serve again.  None promises nothing.
+    """
+    module, options = _kernel(algorithm, shape)
+    if _reuses(algorithm):
+        options["weights_key"] = weights_key
+    module.forward(x, w, bias, y, shape=shape, threads=threads, relu=relu, **options)
 
 
-def backward_input(algorithm: str, dy: Array, w: Array, dx: Array, *, shape: ConvShape, threads: int) -> None:
+def backward_input(
+    algorithm: str, dy: Array, w: Array, dx: Array, *, shape: ConvShape, threads: int,
+    weights_key: Hashable | None = None,
+) -> None:  # fmt: skip
     """Writes the gradient of the input."""
-    dx[...] = reference.backward_input(dy, w, shape=shape)
+    module, options = _kernel(algorithm, shape)
+    if _reuses(algorithm):
+        options["weights_key"] = weights_key
+    module.backward_input(dy, w, dx, shape=shape, threads=threads, **options)
 
 
 def backward_weight(algorithm: str, x: Array, dy: Array, dw: Array, *, shape: ConvShape, threads: int) -> None:
     """Writes the gradient of the weights."""
-    dw[...] = reference.backward_weight(x, dy, shape=shape)
+    module, options = _kernel(algorithm, shape)
+    module.backward_weight(x, dy, dw, shape=shape, threads=threads, **options)
 
 
 def workspace_bytes(algorithm: str, direction: Direction, *, shape: ConvShape, threads: int) -> int:
     """Scratch memory that the kernel takes, over all threads."""
-    return 0
+    if _algorithm(algorithm).family == "torch":
+        return 0
+    module, options = _kernel(algorithm, shape)
+    return int(module.workspace_bytes(direction, shape=shape, threads=threads, **options))
 
 
-_: Any = None
+def _algorithm(name: str) -> ConvAlgorithm:
+    if name not in CONV_ALGORITHMS:
+        raise ConfigError(unknown("convolution algorithm", name, CONV_ALGORITHMS))
+    return CONV_ALGORITHMS[name]
+
+
+def _reuses(name: str) -> bool:
+    return CONV_ALGORITHMS[name].family == "fft"
+
+
+@cache
+def _module(family: str) -> Any:
+    """Imported when first used: each brings its own kernels."""
+    return import_module(MODULES[family])
+
+
+def _kernel(name: str, shape: ConvShape) -> tuple[Any, dict[str, Any]]:
+    """The module that computes it and its options; refuses what lies outside the domain."""
+    algorithm = _algorithm(name)
+    if algorithm.family == "torch":
+        raise ConfigError("the algorithm 'torch' is PyTorch's own convolution: there is no kernel of ours")
+    refusal = algorithm.refusal(shape)
+    if refusal:
+        raise ConfigError(f"{name}: {refusal}")
+    options: dict[str, Any] = {"winograd": {"m": algorithm.tile}, "fft": {"tile": algorithm.tile}}.get(
+        algorithm.family, {}
+    )
+    return _module(algorithm.family), dict(options)

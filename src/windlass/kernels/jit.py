@@ -45,11 +45,14 @@ def kernel(function: Function, *, key: tuple[int, ...] = ()) -> Function:
 
     Args:
         function: the kernel.
-        key: the constants of which a function made by another function is made; compiled code of the same
-            function is told apart by them.
+        key: the constants of which a function made by another function is made.  They become part of its name:
+            by their names alone are functions from the cache told apart when they are linked.
     """
     if DISABLED:
         return function
+    suffix = "".join(f"_{part}" for part in key)
+    function.__name__ += suffix
+    function.__qualname__ += suffix
     compiled = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
     # Numba has no public way to say on what cached code depends, and would not know a closure over kernels again
     # in another process.  Where these attributes are gone, its own ways remain: right, but compiled more often.

@@ -97,7 +97,7 @@ class _Sizes:
     def weight_parts(self) -> tuple[Tiles, Parts]:
         """The division of the gradient of the weights."""
         block = max(1, min(56, self.count))
-        channels, outputs = min(self.channels, 64), min(self.outputs, 64)
+        channels, outputs = min(self.channels, 128), min(self.outputs, 128)
         blocks = -(-self.channels // channels) * -(-self.outputs // outputs)
         count = max(1, min(NUM_TASKS // blocks, -(-self.count // (4 * block))))
         per_part = -(-self.count // (count * block)) * block

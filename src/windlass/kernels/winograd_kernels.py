@@ -33,11 +33,14 @@ from windlass.kernels.strips import filter_in, filter_out, patch_in, patch_out, 
 from windlass.kernels.threads import parallel_for
 from windlass.kernels.transform import finish, prefetch, transform
 
-AHEAD = 2
+AHEAD = 1
 """Tiles between the one that is transformed and the one whose pixels are fetched."""
 
 STRIP = 14
 """Tiles of a strip: what is transposed at once of a tensor in NCHW order."""
+
+DEPTH = 128
+"""Channels that are summed in one go; longer sums would lose accuracy, their error grows with their length."""
 
 CHANNELS_AT_ONCE = 4 * LANES
 """Input channels of a task that makes V for all."""
@@ -206,9 +209,10 @@ def kernels(m: int, r: int) -> Kernels:
             for b in range(blocks):
                 i = b * count // blocks
                 rows = (b + 1) * count // blocks - i
-                gemm_rows(rows, V, v_at + p * tiles.v_plane + i * tiles.v_row, tiles.v_row,
-                          U, u_at + p * tiles.u_plane, TILE_COLUMNS,
-                          M, m_at + p * tiles.m_plane + i * m_row, m_row, channels, 0)
+                for c in range(0, channels, DEPTH):
+                    gemm_rows(rows, V, v_at + p * tiles.v_plane + i * tiles.v_row + c, tiles.v_row,
+                              U, u_at + p * tiles.u_plane + c * TILE_COLUMNS, TILE_COLUMNS,
+                              M, m_at + p * tiles.m_plane + i * m_row, m_row, min(DEPTH, channels - c), c)
 
     multiply = kernel(multiply, key=key)
 

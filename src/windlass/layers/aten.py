@@ -6,20 +6,23 @@ This is the algorithm "torch", and the way for every device and dtype that Windl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # its usual name
 from torch import Tensor
 
-_aten = torch.ops.aten
+_aten: Any = torch.ops.aten
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether PyTorch takes a four-dimensional tensor as channels_last.
+    """Whether PyTorch takes a tensor as channels_last, which only four dimensions can be.
 
     The strides decide as in ``is_channels_last_strides_2d`` (c10/core/MemoryFormat.h), which is stricter than
     `Tensor.is_contiguous(memory_format=...)` where sizes of 1 leave both readings open.
     """
+    if tensor.dim() != 4:
+        return False
     n, c, h, w = tensor.shape
     stride_n, stride_c, stride_h, stride_w = tensor.stride()
     lowest = stride_c * c if c > 1 else stride_c
@@ -41,10 +44,10 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, relu: bool,
 ) -> Tensor:  # fmt: skip
-    """y = conv(x, weight) + bias, then max(y, 0) with `relu`."""
+    """Returns y = conv(x, weight) + bias, then max(y, 0) with `relu`."""
     channels_last = is_channels_last(x) or is_channels_last(weight)
     x, symmetric = _padded(x, padding)
-    y = _aten.convolution(x, weight, bias, stride, symmetric, dilation, False, (0, 0), groups)
+    y: Tensor = _aten.convolution(x, weight, bias, stride, symmetric, dilation, False, (0, 0), groups)
     y = y.contiguous(memory_format=memory_format(channels_last))
     return y.relu_() if relu else y
 
@@ -54,7 +57,6 @@ def backward_input(
     dilation: Sequence[int], groups: int, channels_last: bool,
 ) -> Tensor:  # fmt: skip
     """dx, of height and width `size`."""
-    top, bottom, left, right = padding
     symmetric, extra = _split(padding)
     height, width = size[0] + extra[0] + extra[1], size[1] + extra[2] + extra[3]
     x = _unread(grad, (grad.shape[0], weight.shape[1] * groups, height, width), channels_last)

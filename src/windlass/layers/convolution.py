@@ -7,6 +7,7 @@ its own kernels were chosen (so that nothing is lost by asking).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def conv2d(
     torch.Size([1, 3, 4, 4])
     """
     if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, algorithm, relu=relu
         )
     if _has_kernels(input, weight, bias, algorithm):
@@ -76,7 +77,7 @@ def conv2d(
             return y if x is input else y.squeeze(0)
     elif algorithm != AUTO:
         check_text(algorithm)
-    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return y.relu_() if relu else y
 
 
@@ -119,9 +120,10 @@ def _bind(
 ) -> Bound | None:
     """What the operator is to be told, or None where PyTorch is to compute or to refuse."""
     zeros = padding if isinstance(padding, str) else _pair(padding)
-    if stride is None or dilation is None or zeros is None or type(groups) is not int:
+    if stride is None or dilation is None or zeros is None or _whole(groups) is None:
         return None
-    if torch.jit.is_tracing():  # TorchScript is to run without Python
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_tracing():  # TorchScript is to run without Python
         return None
     grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -129,7 +131,7 @@ def _bind(
     num_biases = None if bias is None else bias.shape[0]
     geometry = (stride, zeros, dilation, groups)
     channels_last = is_channels_last(x) or is_channels_last(weight)
-    if torch.compiler.is_compiling():
+    if compiling:
         return _traced(x.shape, weight.shape, num_biases, geometry, algorithm, channels_last, grad)
     try:
         return _bound(x.shape, weight.shape, num_biases, geometry, algorithm, channels_last, grad)
@@ -205,12 +207,21 @@ def _pair(value: int | Sequence[int] | str) -> Pair | None:
     """(vertical, horizontal), or None for what only PyTorch can judge."""
     if type(value) is int:
         return value, value
-    if isinstance(value, tuple | list) and all(type(number) is int for number in value):
-        if len(value) == 2:
-            return value[0], value[1]
-        if len(value) == 1:
-            return value[0], value[0]
-    return None
+    if isinstance(value, tuple | list) and len(value) in (1, 2):
+        vertical, horizontal = _whole(value[0]), _whole(value[-1])
+        return None if vertical is None or horizontal is None else (vertical, horizontal)
+    number = _whole(value)
+    return None if number is None else (number, number)
+
+
+def _whole(value: Any) -> int | None:
+    """An int, also from NumPy's and PyTorch's scalars, but not from a bool."""
+    if type(value) is int:
+        return value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _padding(zeros: Pair | str, weight: Sizes, stride: Pair, dilation: Pair) -> Padding | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 
 from windlass.layers.aten import is_channels_last
@@ -41,7 +41,7 @@ class _Conv2d(torch.autograd.Function):
     """y = max(conv(x, weight) + bias, 0), the maximum only with `relu`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, lower: Lower | None, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
     ) -> Tensor:
         y = _call(CONV2D, KERNELS["conv2d"], lower, (x, weight, bias, *geometry))
@@ -59,7 +59,7 @@ class _Conv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 10
         x, weight, y = ctx.saved_tensors
@@ -69,7 +69,7 @@ class _Conv2d(torch.autograd.Function):
         (size, kernel), (x_format, weight_format) = ctx.sizes, ctx.formats
         dx = BACKWARD_INPUT(grad, weight, size, *ctx.geometry, x_format) if needs_x else None
         dw = BACKWARD_WEIGHT(x, grad, kernel, *ctx.geometry, weight_format) if needs_weight else None
-        db = grad.sum((0, 2, 3)) if needs_bias else None  # type: ignore[union-attr]
+        db = grad.sum((0, 2, 3)) if needs_bias else None
         return (None, dx, dw, db, *(None,) * 6)
 
     @staticmethod
@@ -90,9 +90,7 @@ class _BackwardInput(torch.autograd.Function):
     """dx, from the output's gradient and the weights."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, lower: Lower | None, grad: Tensor, weight: Tensor, size: list[int], *geometry: Any
-    ) -> Tensor:
+    def forward(ctx: Any, lower: Lower | None, grad: Tensor, weight: Tensor, size: list[int], *geometry: Any) -> Tensor:
         dx = _call(BACKWARD_INPUT, KERNELS["conv2d_backward_input"], lower, (grad, weight, size, *geometry))
         needs_grad, needs_weight = ctx.needs_input_grad[1:3]
         ctx.set_materialize_grads(False)
@@ -105,7 +103,7 @@ class _BackwardInput(torch.autograd.Function):
         return dx
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, ddx: Tensor | None) -> tuple[Any, ...]:
         if ddx is None:
             return (None,) * 10
         grad, weight = ctx.saved_tensors
@@ -129,9 +127,7 @@ class _BackwardWeight(torch.autograd.Function):
     """dw, from the input and the output's gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, lower: Lower | None, x: Tensor, grad: Tensor, kernel: list[int], *geometry: Any
-    ) -> Tensor:
+    def forward(ctx: Any, lower: Lower | None, x: Tensor, grad: Tensor, kernel: list[int], *geometry: Any) -> Tensor:
         dw = _call(BACKWARD_WEIGHT, KERNELS["conv2d_backward_weight"], lower, (x, grad, kernel, *geometry))
         needs_x, needs_grad = ctx.needs_input_grad[1:3]
         ctx.set_materialize_grads(False)
@@ -144,7 +140,7 @@ class _BackwardWeight(torch.autograd.Function):
         return dw
 
     @staticmethod
-    def backward(ctx: Any, ddw: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, ddw: Tensor | None) -> tuple[Any, ...]:
         if ddw is None:
             return (None,) * 10
         x, grad = ctx.saved_tensors
@@ -186,7 +182,7 @@ def _call(op: Any, kernel: Callable[..., Tensor], lower: Lower | None, args: tup
 def _autograd(op: Any, kernel: Callable[..., Tensor], function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     """The operator's kernel at the Autograd key."""
     # torch.autograd.Function.apply refuses torch.func; the one below it records at the present level alone.
-    apply = super(torch.autograd.Function, function).apply
+    apply: Callable[..., Tensor] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(keys: Any, *args: Any) -> Tensor:
         plain = keys.raw_repr() == _PLAIN
@@ -194,7 +190,7 @@ def _autograd(op: Any, kernel: Callable[..., Tensor], function: type[torch.autog
         if (grad_enabled and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
             lower = None if plain else (keys & _BELOW_AUTOGRAD, grad_enabled)
             if torch._C._are_functorch_transforms_active():
-                with enable_single_level_autograd_function():
+                with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
                     return apply(lower, *args)
             return apply(lower, *args)
         if plain:

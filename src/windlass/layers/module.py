@@ -61,9 +61,7 @@ class Conv2d(nn.Conv2d):
         self._set(algorithm, activation)
 
     @classmethod
-    def from_torch(
-        cls, conv: nn.Conv2d, *, algorithm: str = AUTO, activation: Literal["relu"] | None = None
-    ) -> Conv2d:
+    def from_torch(cls, conv: nn.Conv2d, *, algorithm: str = AUTO, activation: Literal["relu"] | None = None) -> Conv2d:
         """The layer `conv` by algorithm: same parameters (shared, not copied), hooks, training flag, attributes.
 
         Raises:
@@ -99,5 +97,5 @@ class Conv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         """As PyTorch's, with the algorithm."""
-        text = f"{super().extra_repr()}, algorithm={self.algorithm}"
+        text = f"{super().extra_repr()}, algorithm={self.algorithm}"  # type: ignore[no-untyped-call]
         return text if self.activation is None else f"{text}, activation={self.activation}"

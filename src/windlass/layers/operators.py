@@ -40,7 +40,9 @@ SCHEMAS: dict[str, str] = {
 STORED = frozenset({torch.float32, torch.float16, torch.bfloat16})
 """The dtypes that Windlass's kernels compute, all in float32."""
 
-LIBRARY = torch.library.Library("windlass", "FRAGMENT")
+LIBRARY: Any = torch.library.Library("windlass", "FRAGMENT")  # type: ignore[no-untyped-call]
+_check: Any = torch._check
+
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -51,7 +53,7 @@ def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, algorithm: str, relu: bool,
 ) -> Tensor:  # fmt: skip
-    """y = conv(x, weight) + bias on a CPU."""
+    """Returns y = conv(x, weight) + bias, on a CPU."""
     if not _has_kernels(x, weight, bias):
         return aten.forward(x, weight, bias, stride, padding, dilation, groups, relu)
     channels_last = is_channels_last(x) or is_channels_last(weight)
@@ -225,15 +227,15 @@ def _fake_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, algorithm: str, relu: bool,
 ) -> Tensor:  # fmt: skip
-    torch._check(x.dim() == 4 and weight.dim() == 4, lambda: "windlass::conv2d: needs 4-dimensional tensors")
-    torch._check(
+    _check(x.dim() == 4 and weight.dim() == 4, lambda: "windlass::conv2d: needs 4-dimensional tensors")
+    _check(
         x.shape[1] == weight.shape[1] * groups,
         lambda: f"windlass::conv2d: needs {weight.shape[1] * groups} input channels, got {x.shape[1]}",
     )
     (top, bottom, left, right), (height, width) = padding, x.shape[2:]
     out_height = (height + top + bottom - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
     out_width = (width + left + right - dilation[1] * (weight.shape[3] - 1) - 1) // stride[1] + 1
-    torch._check(
+    _check(
         out_height >= 1 and out_width >= 1,
         lambda: f"windlass::conv2d: filters of {tuple(weight.shape)} do not fit an input of {tuple(x.shape)}",
     )

@@ -14,7 +14,7 @@ from windlass.plan.convolution import CONV_ALGORITHMS, DIRECTIONS, ConvChoice, D
 from windlass.tuning.cache import TimesCache
 from windlass.tuning.cost import FLOAT_BYTES, Machine, predicted_s
 from windlass.tuning.results import MIB, ConvCase, DirectionTuning, LayerTuning, Settings
-from windlass.tuning.timing import Effort, interleave, medians
+from windlass.tuning.timing import Action, Effort, interleave, medians
 
 MARGIN = 1.03
 """How many times faster than PyTorch's own an algorithm must measure."""
@@ -107,7 +107,8 @@ class Tuner:
         measured: dict[str, float] = dict.fromkeys(("torch", *worth), 0.0)
         for case, count in cases.items():
             seconds = self._measured(name, direction, case, tuple(measured))
-            measured = {algorithm: total + count * seconds[algorithm] for algorithm, total in measured.items()}
+            # One that failed in some call is none to choose.
+            measured = {a: total + count * seconds[a] for a, total in measured.items() if a in seconds}
         return decide(replace(row, measured=measured), measured, margin=MARGIN)
 
     def _possible(self, direction: Direction, cases: list[ConvCase]) -> tuple[list[str], dict[str, str]]:
@@ -155,6 +156,8 @@ def decide(row: DirectionTuning, rivals: Mapping[str, float], *, margin: float) 
         said = f"{rivals['torch'] / rivals[best]:.2f} times as fast as PyTorch's"
         return replace(row, algorithm=best, reason=said)
     others = [name for name in rivals if name != "torch"]
+    if not others:
+        return replace(row, reason="every other algorithm failed")
     nearest = min(others, key=lambda name: rivals[name])
     times = rivals[nearest] / rivals["torch"]
     if times < 1:
@@ -218,14 +221,18 @@ def make_tuner(settings: Settings, *, threads: int, on_event: OnEvent) -> Tuner:
         settings=settings,
         machine=cache.machine,
         cache=cache,
-        measure=real_measure(threads=threads),
+        measure=real_measure(threads=threads, on_event=on_event),
         workspace=workspace,
         on_event=on_event,
     )
 
 
-def real_measure(*, threads: int, effort: Effort | None = None) -> Measure:
-    """Measures through the layers, as networks call them."""
+def real_measure(*, threads: int, effort: Effort | None = None, on_event: OnEvent = lambda event: None) -> Measure:
+    """Measures through the layers, as networks call them.
+
+    An algorithm that fails here, as on a processor for which its kernel cannot be compiled, is left out with a
+    warning; PyTorch's own is not.
+    """
     import torch
 
     from windlass.tuning.calls import CaseRunner
@@ -236,9 +243,21 @@ def real_measure(*, threads: int, effort: Effort | None = None) -> Measure:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            runner = CaseRunner(case)
-            rivals = {name: runner.runner(name, direction) for name in algorithms}
-            return medians(interleave(rivals, effort=effort))
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+                runner = CaseRunner(case)
+                rivals: dict[str, Action] = {}
+                for name in algorithms:
+                    try:
+                        action = runner.runner(name, direction)
+                        action()
+                    except Exception as error:
+                        if name == "torch":
+                            raise
+                        message = f"{name} fails on {case.shape}, {direction}: {type(error).__name__}: {error}"
+                        on_event({"kind": "warning", "message": " ".join(message.split())})
+                    else:
+                        rivals[name] = action
+                return medians(interleave(rivals, effort=effort))
         finally:
             torch.set_num_threads(before)
 

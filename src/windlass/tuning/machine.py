@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import platform
 import re
@@ -41,7 +40,7 @@ def kernels_digest() -> str:
     """Names the sources of kernels and layers: after a change of theirs, old times say nothing."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for folder in ("kernels", "layers"):
+    for folder in ("kernels", "layers", "plan"):
         for path in sorted((package / folder).rglob("*.py")):
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -82,12 +81,10 @@ def peak_flops(threads: int) -> float:
 
 
 def _kernel_peak(threads: int) -> float:
-    """What Windlass's own matrix kernel reaches; 0 where there is none."""
-    try:
-        peak = importlib.import_module("windlass.kernels.peak")
-    except ImportError:
-        return 0.0
-    return float(peak.measured_peak(threads))
+    """What Windlass's own kernels reach."""
+    from windlass.kernels.peak import measured_peak
+
+    return float(measured_peak(threads))
 
 
 def _bytes_per_s() -> float:

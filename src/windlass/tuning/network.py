@@ -121,6 +121,24 @@ def apply_plan(plan: Plan, graph: Graph, module: nn.Module) -> nn.Module:
     return swap_convolutions(module, swaps, relus={found[name]: relu for name, relu in relus.items()})
 
 
+def plan_workspace_bytes(plan: Plan, graph: Graph, *, threads: int) -> int:
+    """The most scratch memory that a convolution of the plan takes on one worker; one runs at a time."""
+    needed = [
+        (choice.of(direction), direction, graph_convolutions(graph)[name])
+        for name, choice in conv_choices(plan, graph).items()
+        for direction in DIRECTIONS
+        if choice.of(direction) != "torch"
+    ]
+    if not needed:
+        return 0
+    from windlass.kernels import convolve
+
+    return max(
+        convolve.workspace_bytes(algorithm, direction, shape=shape, threads=threads)
+        for algorithm, direction, shape in needed
+    )
+
+
 def _conv_layers(graph: Graph) -> Sequence[Layer]:
     return [layer for layer in graph.layers if layer.kind.startswith("conv")]
 

@@ -1,0 +1,201 @@
+"""The micro-kernel of direct convolution: a tile of accumulators that stays in registers over all taps.
+
+    C[i, j] = max(floor, start[i, j] + Σ_run Σ_k A[i, run, k] · B[run, k, j])
+
+A run is a stretch of the reduction that lies evenly in memory; from run to run A jumps by a table of offsets, as
+from one row of a filter to the next.  B lies in one piece.  (Georganas et al. 2020, "Harnessing deep learning via
+a single building block": the batch-reduce product.)  A number of A stands at
+
+    a_at + table[run] + i // 3 · a_group + i % 3 · a_row + k · a_step
+
+Three kinds differ in what is known beforehand and in what a number is:
+
+    "rows"     a_step is 1, a_group 3 · a_row: A's rows are pixels, steps of k are channels
+    "columns"  a_row is 1, a_group 3: A's rows are channels, steps of k are pixels
+    "lanes"    A holds vectors, multiplied number by number with B's: 16 channels at once, each by itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from windlass.kernels import emit
+from windlass.kernels.gemm import UNROLL, _loop_or_skip, _opaque
+from windlass.kernels.jit import DISABLED, LANES, TILE_BLOCKS, TILE_ROWS
+
+GROUP = 3
+"""Rows that share a pointer: x86 can address a pointer plus 0, 1 or 2 strides."""
+
+
+def _variants(kind: str) -> list[tuple[int, int]]:
+    """(rows, blocks of columns) of the tiles for which code is made."""
+    widths = (1,) if kind == "lanes" else range(1, TILE_BLOCKS + 1)
+    return [(rows, blocks) for blocks in widths for rows in range(1, TILE_ROWS + 1)]
+
+
+def _switch(builder: ir.IRBuilder, kind: str, rows: Any, blocks: Any, body: Callable[[int, int], None]) -> None:
+    after = builder.append_basic_block("tiled")
+    case = builder.add(builder.mul(blocks, emit.constant(TILE_ROWS + 1)), rows)
+    switch = builder.switch(builder.trunc(case, emit.i32), after)
+    for n, width in _variants(kind):
+        block = builder.append_basic_block(f"tile{n}x{width}")
+        switch.add_case(ir.Constant(emit.i32, width * (TILE_ROWS + 1) + n), block)
+        builder.position_at_end(block)
+        body(n, width)
+        builder.branch(after)
+    builder.position_at_end(after)
+
+
+class _Reader:
+    """Addresses and reads the numbers of A for one step of k."""
+
+    def __init__(self, builder: ir.IRBuilder, kind: str, rows: int, row: Any, group: Any, step: Any) -> None:
+        self.builder, self.kind, self.rows, self.row, self.group, self.step = builder, kind, rows, row, group, step
+        self.num_heads = 1 if kind == "columns" else -(-rows // GROUP)
+
+    def heads(self, base: Any) -> list[Any]:
+        """The pointers of a run."""
+        builder = self.builder
+        return [builder.gep(base, [builder.mul(emit.constant(q), self.group)]) for q in range(self.num_heads)]
+
+    def value(self, heads: list[Any], i: int, k: int) -> Any:
+        """A[i, k] as a vector.  To be read just before its use, or the compiler runs out of registers."""
+        builder = self.builder
+        if self.kind == "columns":
+            address = builder.gep(heads[0], [emit.constant(i)])
+        else:
+            address = heads[i // GROUP]
+            if i % GROUP:
+                address = builder.gep(address, [builder.mul(self.row, emit.constant(i % GROUP))])
+            if self.kind == "rows":
+                address = builder.gep(address, [emit.constant(k)])
+        if self.kind == "lanes":
+            return emit.load(builder, address, emit.constant(0))
+        return emit.splat(builder, builder.load(address, align=4))
+
+    def next(self, heads: list[Any], steps: int) -> list[Any]:
+        """Pointers after `steps` steps of k."""
+        step = emit.constant(steps) if self.kind == "rows" else self.step
+        return [self.builder.gep(head, [step]) for head in heads]
+
+
+def _totals(builder: ir.IRBuilder, reader: _Reader, blocks: int, a: Any, table: Any, count: Any, depth: Any,
+            b: Any, totals: list[Any]) -> list[Any]:  # fmt: skip
+    """The accumulators after all runs."""
+    num_heads = reader.num_heads
+    in_steps = reader.kind == "rows"
+
+    def steps(number: Any, unroll: int, state: list[Any]) -> list[Any]:
+        def body(_: Any, values: Any) -> list[Any]:
+            heads, b_at, sums = list(values[:num_heads]), values[num_heads], list(values[num_heads + 1 :])
+            heads = [_opaque(builder, head) for head in heads]
+            for k in range(unroll):
+                line = [emit.load(builder, b_at, emit.constant(j * LANES)) for j in range(blocks)]
+                for i in range(reader.rows):
+                    value = reader.value(heads, i, k)
+                    for j in range(blocks):
+                        sums[i * blocks + j] = emit.fma(builder, value, line[j], sums[i * blocks + j])
+                b_at = builder.gep(b_at, [emit.constant(blocks * LANES)])
+                if not in_steps:
+                    heads = reader.next(heads, 1)
+            if in_steps:
+                heads = reader.next(heads, unroll)
+            return [*heads, b_at, *sums]
+
+        return _loop_or_skip(builder, number, state, body)
+
+    long, short = builder.sdiv(depth, emit.constant(UNROLL)), builder.srem(depth, emit.constant(UNROLL))
+
+    def run(index: Any, values: Any) -> list[Any]:
+        base = builder.gep(a, [builder.load(builder.gep(table, [index]))])
+        state = [*reader.heads(base), *values]
+        state = steps(long, UNROLL, state)
+        return steps(short, 1, state)[num_heads:]
+
+    return _loop_or_skip(builder, count, [b, *totals], run)[1:]
+
+
+def _write(builder: ir.IRBuilder, totals: list[Any], places: list[Any], floor: Any, c: Any, stream: Any) -> None:
+    lowest = emit.splat(builder, floor)
+    results = [builder.select(builder.fcmp_ordered("<", total, lowest), lowest, total) for total in totals]
+    with builder.if_else(builder.icmp_signed("!=", stream, emit.constant(0))) as (past, through):
+        for branch, streamed in ((past, True), (through, False)):
+            with branch:
+                for place, result in zip(places, results, strict=True):
+                    emit.store(builder, result, c, place, stream=streamed)
+
+
+@intrinsic(prefer_literal=True)
+def _accumulate(typing_context, kind, rows, blocks, a, a_at, a_row, a_group, a_step, table, first, count, depth, b, b_at, start, start_at, start_row, floor, c, c_at, c_row, stream):  # type: ignore[no-untyped-def]  # noqa: E501
+    name = kind.literal_value
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        (_, rows_, blocks_, _, a_at_, row, group, step, _, first_, count_, depth_, _, b_at_, _, start_at_, start_row_,
+         floor_, _, c_at_, c_row_, stream_) = values  # fmt: skip
+
+        def at(kind_: Any, index: int, offset: Any) -> Any:
+            return builder.gep(emit.pointer(context, builder, kind_, values[index]), [offset])
+
+        a_, b_, c_ = at(a, 3, a_at_), at(b, 12, b_at_), at(c, 18, c_at_)
+        start_, table_ = at(start, 14, start_at_), at(table, 8, first_)
+
+        def grid(n: int, width: int, stride: Any) -> list[Any]:
+            return [
+                builder.add(builder.mul(emit.constant(i), stride), emit.constant(j * LANES))
+                for i in range(n)
+                for j in range(width)
+            ]
+
+        def tile(n: int, width: int) -> None:
+            reader = _Reader(builder, name, n, row, group, step)
+            zeros = [emit.splat(builder, 0.0)] * (n * width)
+            totals = _totals(builder, reader, width, a_, table_, count_, depth_, b_, zeros)
+            # Read last: these loads wait for nothing, while a chain that began with them would wait for memory.
+            starts = [emit.load(builder, start_, place) for place in grid(n, width, start_row_)]
+            totals = [builder.fadd(total, value) for total, value in zip(totals, starts, strict=True)]
+            _write(builder, totals, grid(n, width, c_row_), floor_, c_, stream_)
+
+        _switch(builder, name, rows_, blocks_, tile)
+        return context.get_dummy_value()
+
+    whole = types.int64
+    signature = types.void(kind, whole, whole, a, *[whole] * 4, table, *[whole] * 3, b, whole, start, whole, whole,
+                           types.float32, c, *[whole] * 3)  # fmt: skip
+    return signature, generate
+
+
+def _accumulate_python(
+    kind: str, rows: int, blocks: int, a: Any, a_at: int, a_row: int, a_group: int, a_step: int,
+    table: Any, first: int, count: int, depth: int, b: Any, b_at: int, start: Any, start_at: int, start_row: int,
+    floor: float, c: Any, c_at: int, c_row: int, stream: int,
+) -> None:  # fmt: skip
+    left, right, below = emit.flat(a), emit.flat(b)[b_at:], emit.flat(start)
+    width = blocks * LANES
+    starts = np.stack([below[start_at + i * start_row :][:width] for i in range(rows)])
+    totals = np.zeros((rows, width), np.float32)
+    places = np.array([i // GROUP * a_group + i % GROUP * a_row for i in range(rows)], np.int64)
+    lanes = np.arange(LANES if kind == "lanes" else 1)
+    for run in range(count):
+        for k in range(depth):
+            at = a_at + int(table[first + run]) + k * a_step
+            line = right[(run * depth + k) * width :][:width]
+            totals = totals + left[at + places[:, None] + lanes] * line
+    totals = totals + starts
+    for i in range(rows):
+        emit.flat(c)[c_at + i * c_row :][:width] = np.where(totals[i] < floor, np.float32(floor), totals[i])
+
+
+accumulate: Callable[..., None] = _accumulate_python if DISABLED else _accumulate
+"""accumulate(kind, rows, blocks, a, a_at, a_row, a_group, a_step, table, first, count, depth, b, b_at,
+start, start_at, start_row, floor, c, c_at, c_row, stream).
+
+A tile of `rows` ≤ TILE_ROWS by `blocks` ≤ TILE_BLOCKS vectors over runs first…first + count of `table`, each of
+`depth` steps.  A row of `start` stands at start_at + i·start_row (stride 0: the same for all, as a bias); so does C.
+With `stream` 1 the result goes past the caches to addresses aligned to 64 bytes.
+"""
