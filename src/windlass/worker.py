@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from windlass.engine.channel import Channel
+from windlass.engine.memory import ask_for_huge_pages, keep_freed_memory
 from windlass.engine.watch import StopRequest, Watchdog
 from windlass.engine.world import join_world, world_from_environment
 from windlass.errors import WindlassError
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     job = Job.from_mapping(json.loads(options.job))
     rank, size = world_from_environment() or (0, 1)
     redirect_output(options.logs / f"rank-{rank}.log")
+    ask_for_huge_pages()
+    keep_freed_memory()
     stop = StopRequest()
     stop.install()
     channel = Channel(options.channel, on_stop=stop.ask)

@@ -54,7 +54,7 @@ def splat(builder: ir.IRBuilder, scalar: Any) -> Any:
 
 
 def fma(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c with one rounding where the host has it, two where it has not."""
+    """`a` · b + c with one rounding where the host has it, two where it has not."""
     name = f"llvm.fmuladd.v{LANES}f32"
     kind = ir.FunctionType(vector, [vector] * 3)
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
@@ -82,7 +82,9 @@ def emit(builder: ir.IRBuilder, program: Program, inputs: Sequence[Any]) -> list
     return evaluate(program, inputs, apply)
 
 
-def loop(builder: ir.IRBuilder, count: Any, state: Sequence[Any], body: Callable[[Any, Sequence[Any]], Sequence[Any]]) -> list[Any]:
+def loop(
+    builder: ir.IRBuilder, count: Any, state: Sequence[Any], body: Callable[[Any, Sequence[Any]], Sequence[Any]]
+) -> list[Any]:
     """Repeats `body(index, values)` `count` times, at least once; it gives the next values."""
     before = builder.block
     head = builder.append_basic_block("loop")

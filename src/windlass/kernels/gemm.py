@@ -56,9 +56,7 @@ def _tile(builder: ir.IRBuilder, n: int, a: Any, a_row: Any, a_step: Any, b: Any
           c: Any, c_row: Any, depth: Any, accumulate: Any) -> None:  # fmt: skip
     """One tile of `n` rows; `a_row` or `a_step` is None where it is 1."""
     grid = [(i, j) for i in range(n) for j in range(TILE_BLOCKS)]
-    places = [
-        builder.add(builder.mul(emit.constant(i), c_row), emit.constant(j * LANES)) for i, j in grid
-    ]
+    places = [builder.add(builder.mul(emit.constant(i), c_row), emit.constant(j * LANES)) for i, j in grid]
     accumulators = [emit.splat(builder, 0.0) for _ in grid]
 
     def step(pointers: list[Any], b_at: Any, totals: list[Any], k: int) -> list[Any]:
@@ -129,11 +127,11 @@ def _loop_or_skip(builder: ir.IRBuilder, count: Any, state: list[Any], body: Cal
     return merged
 
 
-def _gemm(by_rows: bool):  # type: ignore[no-untyped-def]
+def _gemm(by_rows: bool):
     """The intrinsic for one of A's two layouts."""
 
-    def typed(typing_context, rows, a, a_at, a_stride, b, b_at, b_step, c, c_at, c_row, depth, accumulate):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def typed(typing_context, rows, a, a_at, a_stride, b, b_at, b_step, c, c_at, c_row, depth, accumulate):
+        def generate(context, builder, signature, values):
             rows_, _, a_at_, stride, _, b_at_, b_step_, _, c_at_, c_row_, depth_, accumulate_ = values
             a_ = builder.gep(emit.pointer(context, builder, a, values[1]), [a_at_])
             b_ = builder.gep(emit.pointer(context, builder, b, values[4]), [b_at_])
@@ -170,7 +168,10 @@ def _gemm_python(by_rows: bool) -> Callable[..., None]:
 
 
 gemm_rows: Callable[..., None] = _gemm_python(True) if DISABLED else _gemm(True)
-"""gemm_rows(rows, a, a_at, a_row, b, b_at, b_step, c, c_at, c_row, depth, accumulate), A[i, k] at a_at + i·a_row + k."""
+"""gemm_rows(rows, a, a_at, a_row, b, b_at, b_step, c, c_at, c_row, depth, accumulate).
+
+A[i, k] stands at a_at + i·a_row + k, B[k, :] at b_at + k·b_step, C[i, :] at c_at + i·c_row.
+"""
 
 gemm_columns: Callable[..., None] = _gemm_python(False) if DISABLED else _gemm(False)
 """gemm_columns(rows, a, a_at, a_step, b, …), A[i, k] at a_at + i + k·a_step; otherwise as `gemm_rows`."""

@@ -69,9 +69,13 @@ def _taps(padded: Array, shape: ConvShape) -> Iterator[tuple[int, int, Array]]:
     for r in range(shape.kernel[0]):
         for s in range(shape.kernel[1]):
             h, w = r * dilation_h, s * dilation_w
-            yield r, s, padded[
-                :,
-                :,
-                h : h + (shape.out_height - 1) * stride_h + 1 : stride_h,
-                w : w + (shape.out_width - 1) * stride_w + 1 : stride_w,
-            ]
+            yield (
+                r,
+                s,
+                padded[
+                    :,
+                    :,
+                    h : h + (shape.out_height - 1) * stride_h + 1 : stride_h,
+                    w : w + (shape.out_width - 1) * stride_w + 1 : stride_w,
+                ],
+            )

@@ -49,7 +49,7 @@ def patch_in(x: Any, at: int, image: Image, rows: int, cols: int, channels: int,
 @kernel
 def patch_out(patch: Any, at: int, cols: int, y: Any, to: int, image: Image, rows_in: int, cols_in: int,
               channels: int) -> None:  # fmt: skip
-    """y = the first rows_in × cols_in pixels and `channels` channels of a patch of `cols` columns."""
+    """`y` = the first rows_in × cols_in pixels and `channels` channels of a patch of `cols` columns."""
     for i in range(rows_in):
         for j in range(cols_in):
             base = at + (i * cols + j) * LANES

@@ -63,11 +63,11 @@ _i32, _i64, _i8p = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 
 
 @intrinsic
-def _parallel_for(typing_context, body, num_tasks, num_threads, arguments):  # type: ignore[no-untyped-def]
+def _parallel_for(typing_context, body, num_tasks, num_threads, arguments):
     """Calls body(task, thread, *arguments) for every task."""
     inner = body.get_call_type(typing_context, (types.int64, types.int64, *arguments.types), {})
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         compiled = body.dispatcher.get_compile_result(inner)
         context.add_linking_libs([compiled.library])
         _, tasks, threads, packed = values
@@ -90,7 +90,7 @@ def _parallel_for(typing_context, body, num_tasks, num_threads, arguments):  # t
     return types.void(body, types.int64, types.int64, arguments), generate
 
 
-def _outlined(context, module, descriptor, signature, arguments, shared_type):  # type: ignore[no-untyped-def]
+def _outlined(context, module, descriptor, signature, arguments, shared_type):
     """The function of one thread: takes a number, then tasks until there are none, without denormals."""
     name = module.get_unique_name("windlass_thread")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_i8p]), name)

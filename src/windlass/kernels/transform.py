@@ -40,10 +40,10 @@ def _sandwich(program: Program, load: Callable[[int, int], Any], apply: Callable
 
 
 @intrinsic(prefer_literal=True)
-def _transform(typing_context, which, m, r, src, src_at, src_row, src_col, dst, dst_at, dst_row, dst_col):  # type: ignore[no-untyped-def]
+def _transform(typing_context, which, m, r, src, src_at, src_row, src_col, dst, dst_at, dst_row, dst_col):
     program = winograd_program(which.literal_value, m.literal_value, r.literal_value)
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         source = emit.pointer(context, builder, src, values[3])
         target = emit.pointer(context, builder, dst, values[7])
         at, row, col, to, to_row, to_col = (values[i] for i in (4, 5, 6, 8, 9, 10))
@@ -89,10 +89,12 @@ transform: Callable[..., None] = _transform_python if DISABLED else _transform
 
 
 @intrinsic(prefer_literal=True)
-def _finish(typing_context, m, r, stream, src, src_at, src_row, src_col, bias, bias_at, floor, dst, dst_at, dst_row, dst_col):  # type: ignore[no-untyped-def]
+def _finish(
+    typing_context, m, r, stream, src, src_at, src_row, src_col, bias, bias_at, floor, dst, dst_at, dst_row, dst_col
+):
     program = winograd_program("AT", m.literal_value, r.literal_value)
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         source = emit.pointer(context, builder, src, values[3])
         target = emit.pointer(context, builder, dst, values[10])
         added = emit.load(builder, emit.pointer(context, builder, bias, values[7]), values[8])
@@ -138,14 +140,14 @@ def _finish_python(
 finish: Callable[..., None] = _finish_python if DISABLED else _finish
 """finish(m, r, stream, src, …, bias, bias_at, floor, dst, …): Aᵀ · M · A + bias, and `floor` where that is less.
 
-A floor of -inf changes nothing, one of 0 is ReLU; NaN stays NaN.  With `stream` 1 the result goes past the caches
-to addresses aligned to 64 bytes.
+A floor of -inf changes nothing, one of 0 is ReLU; NaN stays NaN.  With `stream` 1 the
+result goes past the caches to addresses aligned to 64 bytes.
 """
 
 
 @intrinsic
-def _transpose(typing_context, src, src_at, src_row, dst, dst_at, dst_row):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+def _transpose(typing_context, src, src_at, src_row, dst, dst_at, dst_row):
+    def generate(context, builder, signature, values):
         source = emit.pointer(context, builder, src, values[0])
         target = emit.pointer(context, builder, dst, values[3])
         rows = [
@@ -166,9 +168,7 @@ def _transposed(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
     masks = [ir.Constant(ir.VectorType(emit.i32, LANES), mask) for mask in (low, high)]
     half = LANES // 2
     for _ in range(LANES.bit_length() - 1):
-        rows = [
-            builder.shuffle_vector(rows[i], rows[i + half], mask) for i in range(half) for mask in masks
-        ]
+        rows = [builder.shuffle_vector(rows[i], rows[i + half], mask) for i in range(half) for mask in masks]
     return rows
 
 
@@ -184,8 +184,8 @@ transpose: Callable[..., None] = _transpose_python if DISABLED else _transpose
 
 
 @intrinsic
-def _move(typing_context, src, src_at, dst, dst_at):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+def _move(typing_context, src, src_at, dst, dst_at):
+    def generate(context, builder, signature, values):
         value = emit.load(builder, emit.pointer(context, builder, src, values[0]), values[1])
         emit.store(builder, value, emit.pointer(context, builder, dst, values[2]), values[3])
         return context.get_dummy_value()
@@ -202,8 +202,8 @@ move: Callable[..., None] = _move_python if DISABLED else _move
 
 
 @intrinsic
-def _clear(typing_context, dst, dst_at):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+def _clear(typing_context, dst, dst_at):
+    def generate(context, builder, signature, values):
         emit.store(builder, emit.splat(builder, 0.0), emit.pointer(context, builder, dst, values[0]), values[1])
         return context.get_dummy_value()
 
@@ -219,8 +219,8 @@ clear: Callable[..., None] = _clear_python if DISABLED else _clear
 
 
 @intrinsic(prefer_literal=True)
-def _prefetch(typing_context, rows, cols, src, src_at, src_row, src_col):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+def _prefetch(typing_context, rows, cols, src, src_at, src_row, src_col):
+    def generate(context, builder, signature, values):
         base = emit.pointer(context, builder, src, values[2])
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[emit.i32] * 3])
         name = "llvm.prefetch.p0"

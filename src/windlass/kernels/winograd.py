@@ -134,7 +134,7 @@ def _odd_lines(numbers: int) -> int:
 def forward(
     x: Array, w: Array, bias: Array | None, y: Array, *, shape: ConvShape, m: int, threads: int, relu: bool = False
 ) -> None:
-    """y = conv(x, w) + bias, max(·, 0) with `relu`, by F(m×m, r×r)."""
+    """`y` = conv(x, w) + bias, max(·, 0) with `relu`, by F(m×m, r×r)."""
     for i, o in _groups(shape):
         _product(
             x[:, i], w[o], None if bias is None else bias[o], y[:, o], m=m, threads=threads, relu=relu,

@@ -100,7 +100,7 @@ def _tiles_in(m: int, r: int, which: str) -> Any:
     points = m + r - 1
     side = points if which == "BT" else m
 
-    def tiles_in(x, image, tiles, first, last, V, at, row, plane, patch, patch_at, channel, channels):  # type: ignore[no-untyped-def]
+    def tiles_in(x, image, tiles, first, last, V, at, row, plane, patch, patch_at, channel, channels):
         """V of tiles first…last, for `channels` channels from `channel` on."""
         t = first
         while t < last:
@@ -117,8 +117,19 @@ def _tiles_in(m: int, r: int, which: str) -> Any:
                 for c in range(0, channels, LANES):
                     strip_in(x, start + c * image.c, image, side, cols, channels - c, ih, iw, patch, patch_at)
                     for i in range(run):
-                        transform(which, m, r, patch, patch_at + i * m * LANES, room * LANES, LANES,
-                                  V, to + i * row + c, points * plane, plane)
+                        transform(
+                            which,
+                            m,
+                            r,
+                            patch,
+                            patch_at + i * m * LANES,
+                            room * LANES,
+                            LANES,
+                            V,
+                            to + i * row + c,
+                            points * plane,
+                            plane,
+                        )
                 t += run
                 continue
             inside = image.c == 1 and ih >= 0 and iw >= 0 and ih + side <= image.height and iw + side <= image.width
@@ -129,8 +140,7 @@ def _tiles_in(m: int, r: int, which: str) -> Any:
                     transform(which, m, r, x, corner + c, image.h, image.w, V, to + c, points * plane, plane)
                 else:
                     patch_in(x, start + c * image.c, image, side, side, channels - c, ih, iw, patch, patch_at)
-                    transform(which, m, r, patch, patch_at, side * LANES, LANES,
-                              V, to + c, points * plane, plane)
+                    transform(which, m, r, patch, patch_at, side * LANES, LANES, V, to + c, points * plane, plane)
             t += 1
 
     return kernel(tiles_in, key=(m, r, side))
@@ -139,8 +149,8 @@ def _tiles_in(m: int, r: int, which: str) -> Any:
 def _tiles_out(m: int, r: int) -> Any:
     points = m + r - 1
 
-    def tiles_out(y, image, tiles, first, last, M, m_at, m_row, bias, floor, patch, patch_at, output, outputs):  # type: ignore[no-untyped-def]
-        """y = Aᵀ M A + bias of tiles first…last, for `outputs` channels from `output` on."""
+    def tiles_out(y, image, tiles, first, last, M, m_at, m_row, bias, floor, patch, patch_at, output, outputs):
+        """`y` = Aᵀ M A + bias of tiles first…last, for `outputs` channels from `output` on."""
         plane = tiles.m_plane
         t = first
         while t < last:
@@ -156,24 +166,89 @@ def _tiles_out(m: int, r: int) -> Any:
                 cols = run * m
                 for k in range(0, outputs, LANES):
                     for i in range(run):
-                        finish(m, r, 0, M, source + i * m_row + k, points * plane, plane,
-                               bias, output + k, floor, patch, patch_at + i * m * LANES, cols * LANES, LANES)
-                    strip_out(patch, patch_at, cols, y, at + k * image.c, image, rows,
-                              min(cols, image.width - ow), outputs - k)
+                        finish(
+                            m,
+                            r,
+                            0,
+                            M,
+                            source + i * m_row + k,
+                            points * plane,
+                            plane,
+                            bias,
+                            output + k,
+                            floor,
+                            patch,
+                            patch_at + i * m * LANES,
+                            cols * LANES,
+                            LANES,
+                        )
+                    strip_out(
+                        patch,
+                        patch_at,
+                        cols,
+                        y,
+                        at + k * image.c,
+                        image,
+                        rows,
+                        min(cols, image.width - ow),
+                        outputs - k,
+                    )
                 t += run
                 continue
             cols = min(m, image.width - ow)
             for k in range(0, outputs, LANES):
                 whole = image.c == 1 and rows == m and cols == m and outputs - k >= LANES
                 if whole and tiles.stream:
-                    finish(m, r, 1, M, source + k, points * plane, plane, bias, output + k, floor,
-                           y, at + k, image.h, image.w)
+                    finish(
+                        m,
+                        r,
+                        1,
+                        M,
+                        source + k,
+                        points * plane,
+                        plane,
+                        bias,
+                        output + k,
+                        floor,
+                        y,
+                        at + k,
+                        image.h,
+                        image.w,
+                    )
                 elif whole:
-                    finish(m, r, 0, M, source + k, points * plane, plane, bias, output + k, floor,
-                           y, at + k, image.h, image.w)
+                    finish(
+                        m,
+                        r,
+                        0,
+                        M,
+                        source + k,
+                        points * plane,
+                        plane,
+                        bias,
+                        output + k,
+                        floor,
+                        y,
+                        at + k,
+                        image.h,
+                        image.w,
+                    )
                 else:
-                    finish(m, r, 0, M, source + k, points * plane, plane, bias, output + k, floor,
-                           patch, patch_at, m * LANES, LANES)
+                    finish(
+                        m,
+                        r,
+                        0,
+                        M,
+                        source + k,
+                        points * plane,
+                        plane,
+                        bias,
+                        output + k,
+                        floor,
+                        patch,
+                        patch_at,
+                        m * LANES,
+                        LANES,
+                    )
                     patch_out(patch, patch_at, m, y, at + k * image.c, image, rows, cols, outputs - k)
             t += 1
 
@@ -189,20 +264,30 @@ def kernels(m: int, r: int) -> Kernels:
     key = (m, r)
     tiles_in, gradients_in, tiles_out = _tiles_in(m, r, "BT"), _tiles_in(m, r, "A"), _tiles_out(m, r)
 
-    def weights_in(w, filter, outputs, plane, panel, first, last, U, u_at, patch, patch_at):  # type: ignore[no-untyped-def]
+    def weights_in(w, filter, outputs, plane, panel, first, last, U, u_at, patch, patch_at):
         """U = G g Gᵀ of one panel of output channels and input channels first…last."""
         for half in range(TILE_COLUMNS // LANES):
             k = panel * TILE_COLUMNS + half * LANES
             for c in range(first, last, LANES):
-                filter_in(w, filter.at + k * filter.k + c * filter.c, filter, r, outputs - k, last - c,
-                          patch, patch_at)
+                filter_in(w, filter.at + k * filter.k + c * filter.c, filter, r, outputs - k, last - c, patch, patch_at)
                 for i in range(min(LANES, last - c)):
-                    transform("G", m, r, patch, patch_at + i * taps * LANES, r * LANES, LANES,
-                              U, u_at + (c + i) * TILE_COLUMNS + half * LANES, alpha * plane, plane)
+                    transform(
+                        "G",
+                        m,
+                        r,
+                        patch,
+                        patch_at + i * taps * LANES,
+                        r * LANES,
+                        LANES,
+                        U,
+                        u_at + (c + i) * TILE_COLUMNS + half * LANES,
+                        alpha * plane,
+                        plane,
+                    )
 
     weights_in = kernel(weights_in, key=key)
 
-    def multiply(tiles, count, channels, V, v_at, U, u_at, M, m_at, m_row):  # type: ignore[no-untyped-def]
+    def multiply(tiles, count, channels, V, v_at, U, u_at, M, m_at, m_row):
         """M[p] = V[p] · U[p] of one panel of output channels, for all points."""
         blocks = (count + TILE_ROWS - 1) // TILE_ROWS
         for p in range(points):
@@ -210,23 +295,45 @@ def kernels(m: int, r: int) -> Kernels:
                 i = b * count // blocks
                 rows = (b + 1) * count // blocks - i
                 for c in range(0, channels, DEPTH):
-                    gemm_rows(rows, V, v_at + p * tiles.v_plane + i * tiles.v_row + c, tiles.v_row,
-                              U, u_at + p * tiles.u_plane + c * TILE_COLUMNS, TILE_COLUMNS,
-                              M, m_at + p * tiles.m_plane + i * m_row, m_row, min(DEPTH, channels - c), c)
+                    gemm_rows(
+                        rows,
+                        V,
+                        v_at + p * tiles.v_plane + i * tiles.v_row + c,
+                        tiles.v_row,
+                        U,
+                        u_at + p * tiles.u_plane + c * TILE_COLUMNS,
+                        TILE_COLUMNS,
+                        M,
+                        m_at + p * tiles.m_plane + i * m_row,
+                        m_row,
+                        min(DEPTH, channels - c),
+                        c,
+                    )
 
     multiply = kernel(multiply, key=key)
 
-    def weight_task(task, thread, w, filter, channels, outputs, plane, U, patch, patch_size):  # type: ignore[no-untyped-def]
+    def weight_task(task, thread, w, filter, channels, outputs, plane, U, patch, patch_size):
         chunks = (channels + LANES - 1) // LANES
         panel = task // chunks
         c = task % chunks * LANES
-        weights_in(w, filter, outputs, plane, panel, c, min(c + LANES, channels), U, panel * points * plane,
-                   patch, thread * patch_size)
+        weights_in(
+            w,
+            filter,
+            outputs,
+            plane,
+            panel,
+            c,
+            min(c + LANES, channels),
+            U,
+            panel * points * plane,
+            patch,
+            thread * patch_size,
+        )
 
     weight_task = kernel(weight_task, key=key)
 
     def tile_task(task, thread, x, image_x, y, image_y, channels, outputs, tiles, U, V, v_size, M, m_size,
-                  patch, patch_size, bias, floor):  # type: ignore[no-untyped-def]  # fmt: skip
+                  patch, patch_size, bias, floor):  # fmt: skip
         first = task * tiles.block
         last = min(first + tiles.block, tiles.count)
         v_at, m_at, patch_at = thread * v_size, thread * m_size, thread * patch_size
@@ -236,16 +343,40 @@ def kernels(m: int, r: int) -> Kernels:
         for panel in range(0, panels, tiles.panels):
             here = min(tiles.panels, panels - panel)
             for i in range(here):
-                multiply(tiles, last - first, channels, V, v_at, U, (panel + i) * points * tiles.u_plane,
-                         M, m_at + i * TILE_COLUMNS, m_row)
+                multiply(
+                    tiles,
+                    last - first,
+                    channels,
+                    V,
+                    v_at,
+                    U,
+                    (panel + i) * points * tiles.u_plane,
+                    M,
+                    m_at + i * TILE_COLUMNS,
+                    m_row,
+                )
             k = panel * TILE_COLUMNS
-            tiles_out(y, image_y, tiles, first, last, M, m_at, m_row, bias, floor, patch, patch_at, k,
-                      min(here * TILE_COLUMNS, outputs - k))
+            tiles_out(
+                y,
+                image_y,
+                tiles,
+                first,
+                last,
+                M,
+                m_at,
+                m_row,
+                bias,
+                floor,
+                patch,
+                patch_at,
+                k,
+                min(here * TILE_COLUMNS, outputs - k),
+            )
 
     tile_task = kernel(tile_task, key=key)
 
     def by_tiles(x, image_x, w, filter, y, image_y, channels, outputs, tiles, U, V, v_size, M, m_size,
-                 patch, patch_size, bias, floor, threads):  # type: ignore[no-untyped-def]  # fmt: skip
+                 patch, patch_size, bias, floor, threads):  # fmt: skip
         tasks = (outputs + TILE_COLUMNS - 1) // TILE_COLUMNS * ((channels + LANES - 1) // LANES)
         parallel_for(weight_task, tasks, threads,
                      (w, filter, channels, outputs, tiles.u_plane, U, patch, patch_size))  # fmt: skip
@@ -253,29 +384,56 @@ def kernels(m: int, r: int) -> Kernels:
                      (x, image_x, y, image_y, channels, outputs, tiles, U, V, v_size, M, m_size,
                       patch, patch_size, bias, floor))  # fmt: skip
 
-    def input_task(task, thread, x, image, channels, tiles, V, patch, patch_size):  # type: ignore[no-untyped-def]
+    def input_task(task, thread, x, image, channels, tiles, V, patch, patch_size):
         """A piece of V: a block of tiles, a chunk of channels."""
         chunks = (channels + CHANNELS_AT_ONCE - 1) // CHANNELS_AT_ONCE
         first = task // chunks * tiles.block
         c = task % chunks * CHANNELS_AT_ONCE
-        tiles_in(x, image, tiles, first, min(first + tiles.block, tiles.count), V, first * tiles.v_row + c,
-                 tiles.v_row, tiles.v_plane, patch, thread * patch_size, c, min(CHANNELS_AT_ONCE, channels - c))
+        tiles_in(
+            x,
+            image,
+            tiles,
+            first,
+            min(first + tiles.block, tiles.count),
+            V,
+            first * tiles.v_row + c,
+            tiles.v_row,
+            tiles.v_plane,
+            patch,
+            thread * patch_size,
+            c,
+            min(CHANNELS_AT_ONCE, channels - c),
+        )
 
     input_task = kernel(input_task, key=key)
 
     def output_task(task, thread, w, filter, y, image, channels, outputs, tiles, U, u_size, V, M, m_size,
-                    patch, patch_size, bias, floor):  # type: ignore[no-untyped-def]  # fmt: skip
+                    patch, patch_size, bias, floor):  # fmt: skip
         u_at, m_at, patch_at = thread * u_size, thread * m_size, thread * patch_size
         weights_in(w, filter, outputs, tiles.u_plane, task, 0, channels, U, u_at, patch, patch_at)
         multiply(tiles, tiles.count, channels, V, 0, U, u_at, M, m_at, TILE_COLUMNS)
         k = task * TILE_COLUMNS
-        tiles_out(y, image, tiles, 0, tiles.count, M, m_at, TILE_COLUMNS, bias, floor, patch, patch_at, k,
-                  min(TILE_COLUMNS, outputs - k))
+        tiles_out(
+            y,
+            image,
+            tiles,
+            0,
+            tiles.count,
+            M,
+            m_at,
+            TILE_COLUMNS,
+            bias,
+            floor,
+            patch,
+            patch_at,
+            k,
+            min(TILE_COLUMNS, outputs - k),
+        )
 
     output_task = kernel(output_task, key=key)
 
     def by_outputs(x, image_x, w, filter, y, image_y, channels, outputs, tiles, U, u_size, V, M, m_size,
-                   patch, patch_size, bias, floor, threads):  # type: ignore[no-untyped-def]  # fmt: skip
+                   patch, patch_size, bias, floor, threads):  # fmt: skip
         chunks = (channels + CHANNELS_AT_ONCE - 1) // CHANNELS_AT_ONCE
         blocks = (tiles.count + tiles.block - 1) // tiles.block
         parallel_for(input_task, blocks * chunks, threads, (x, image_x, channels, tiles, V, patch, patch_size))
@@ -284,7 +442,7 @@ def kernels(m: int, r: int) -> Kernels:
                       patch, patch_size, bias, floor))  # fmt: skip
 
     def gradient_task(task, thread, x, image_x, dy, image_y, channels, outputs, tiles, parts, V, v_size, Z, z_size,
-                      U, u_size, patch, patch_size, D):  # type: ignore[no-untyped-def]  # fmt: skip
+                      U, u_size, patch, patch_size, D):  # fmt: skip
         """D[part][k / 16][c][tap][16 k] = Gᵀ dU G of a block of channels over a part of the tiles."""
         blocks_c = (channels + parts.channels - 1) // parts.channels
         blocks_k = (outputs + parts.outputs - 1) // parts.outputs
@@ -301,8 +459,9 @@ def kernels(m: int, r: int) -> Kernels:
         for first in range(begin, end, tiles.block):
             last = min(first + tiles.block, end)
             tiles_in(x, image_x, tiles, first, last, V, v_at, tiles.v_row, tiles.v_plane, patch, patch_at, c0, num_c)
-            gradients_in(dy, image_y, tiles, first, last, Z, z_at, parts.z_row, parts.z_plane,
-                         patch, patch_at, k0, num_k)
+            gradients_in(
+                dy, image_y, tiles, first, last, Z, z_at, parts.z_row, parts.z_plane, patch, patch_at, k0, num_k
+            )
             for p in range(points):
                 for panel in range(panels):
                     for b in range(blocks):
@@ -317,13 +476,24 @@ def kernels(m: int, r: int) -> Kernels:
         for k in range(0, num_k, LANES):
             for c in range(num_c):
                 place = ((part * all_k + (k0 + k) // LANES) * channels + c0 + c) * taps * LANES
-                transform("GT", m, r, U, u_at + c * u_row + k, alpha * parts.u_plane, parts.u_plane,
-                          D, place, r * LANES, LANES)
+                transform(
+                    "GT",
+                    m,
+                    r,
+                    U,
+                    u_at + c * u_row + k,
+                    alpha * parts.u_plane,
+                    parts.u_plane,
+                    D,
+                    place,
+                    r * LANES,
+                    LANES,
+                )
 
     gradient_task = kernel(gradient_task, key=key)
 
-    def sum_task(task, thread, channels, outputs, parts, D, dw, filter):  # type: ignore[no-untyped-def]
-        """dw of 16 × 16 channels: the parts, added in order."""
+    def sum_task(task, thread, channels, outputs, parts, D, dw, filter):
+        """`dw` of 16 × 16 channels: the parts, added in order."""
         chunks = (channels + LANES - 1) // LANES
         k = task // chunks * LANES
         c = task % chunks * LANES
@@ -338,7 +508,7 @@ def kernels(m: int, r: int) -> Kernels:
     sum_task = kernel(sum_task, key=key)
 
     def weight(x, image_x, dy, image_y, dw, filter, channels, outputs, tiles, parts, V, v_size, Z, z_size,
-               U, u_size, patch, patch_size, D, threads):  # type: ignore[no-untyped-def]  # fmt: skip
+               U, u_size, patch, patch_size, D, threads):  # fmt: skip
         blocks_c = (channels + parts.channels - 1) // parts.channels
         blocks_k = (outputs + parts.outputs - 1) // parts.outputs
         parallel_for(gradient_task, parts.count * blocks_c * blocks_k, threads,
