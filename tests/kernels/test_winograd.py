@@ -88,18 +88,18 @@ def test_all_directions_agree_with_the_definition(m: int, name: str, layout: str
     assert error(dw, reference.backward_weight(exact[0], exact[3], shape=shape)) < BARS[m]
 
 
-@pytest.mark.parametrize(("m", "r", "bar"), [(2, 5, 3e-6), (2, 7, 6e-6), (6, 2, 6e-6)])
-def test_other_filters_come_from_the_same_generator(m: int, r: int, bar: float) -> None:
-    shape = conv("odd sizes and channels", r)
+def test_other_filters_come_from_the_same_generator() -> None:
+    """F(2×2, 7×7); the matrices of other sizes are tested where they are made, in exact fractions."""
+    shape = conv("odd sizes and channels", 7)
     x, w, bias, dy = problem(shape, "channels_last")
     y, dx, dw = np.empty_like(dy), np.empty_like(x), np.empty_like(w)
-    winograd.forward(x, w, bias, y, shape=shape, m=m, threads=2)
-    winograd.backward_input(dy, w, dx, shape=shape, m=m, threads=2)
-    winograd.backward_weight(x, dy, dw, shape=shape, m=m, threads=2)
+    winograd.forward(x, w, bias, y, shape=shape, m=2, threads=2)
+    winograd.backward_input(dy, w, dx, shape=shape, m=2, threads=2)
+    winograd.backward_weight(x, dy, dw, shape=shape, m=2, threads=2)
     exact = [array.astype(np.float64) for array in (x, w, bias, dy)]
-    assert error(y, reference.forward(*exact[:3], shape=shape)) < bar
-    assert error(dx, reference.backward_input(exact[3], exact[1], shape=shape)) < bar
-    assert error(dw, reference.backward_weight(exact[0], exact[3], shape=shape)) < bar
+    assert error(y, reference.forward(*exact[:3], shape=shape)) < BARS[6]  # it has as many points
+    assert error(dx, reference.backward_input(exact[3], exact[1], shape=shape)) < BARS[6]
+    assert error(dw, reference.backward_weight(exact[0], exact[3], shape=shape)) < BARS[6]
 
 
 def test_512_channels_keep_the_bars_of_accuracy() -> None:

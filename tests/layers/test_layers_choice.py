@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from windlass.errors import ConfigError
 from windlass.layers import Conv2d, Layout, choice_for, conv2d, resolve, set_chooser
 from windlass.layers.choice import rule_of_thumb
+from windlass.layers.operators import CONV2D
 from windlass.plan.convolution import CONV_ALGORITHMS, ConvChoice, ConvShape
 
 
@@ -134,7 +135,18 @@ class TestChooser:
         x, w = torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3)
         conv2d(x, w, algorithm="im2col")
         conv2d(x.bfloat16(), w.bfloat16())
+        leaves = x.bfloat16().requires_grad_(), w.bfloat16().requires_grad_()
+        y = CONV2D(*leaves, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, "auto", False)
+        torch.autograd.grad(y.sum(), leaves)
         assert not recorder.asked
+
+    def test_is_asked_by_the_operators_for_each_direction(self, recorder: Recorder) -> None:
+        """As in a graph that was traced before its sizes were known."""
+        x, w = torch.randn(1, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+        y = CONV2D(x, w, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, "auto", False)
+        torch.autograd.grad(y.sum(), (x, w))
+        assert len(recorder.asked) == 3
+        assert len(set(recorder.asked)) == 1
 
     def test_an_impossible_answer_is_refused(self, recorder: Recorder) -> None:
         recorder.choice = ConvChoice.parse("winograd-4x4")

@@ -49,6 +49,12 @@ def _convolution(args: Sequence[object], out: object) -> Counted:
     return elements * per_element, (x_NCHW, weight)
 
 
+def _convolution_by_plan(args: Sequence[object], out: object) -> Counted:
+    """``windlass::conv2d``: the definition's multiply-adds, whatever its algorithm saves of them."""
+    x_NCHW, weight = _tensor(args[0]), _tensor(args[1])
+    return _tensor(out).numel() * math.prod(weight.shape[1:]), (x_NCHW, weight)
+
+
 def _product(first: int) -> Callable[[Sequence[object], object], Counted]:
     """(…, n, k) by (…, k, m) or by a vector; `first` is the place of the left factor among the arguments."""
 
@@ -85,6 +91,7 @@ def _tensor(value: object) -> Tensor:
 
 RULES: dict[str, Callable[[Sequence[object], object], Counted]] = {
     "convolution": _convolution,
+    "conv2d": _convolution_by_plan,
     "mm": _product(0),
     "bmm": _product(0),
     "mv": _product(0),
