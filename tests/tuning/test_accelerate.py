@@ -51,6 +51,7 @@ def told_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tuner]]:
         return tuner
 
     monkeypatch.setattr(module_under_test, "make_tuner", make)
+    monkeypatch.setattr(convolution, "BEHIND", 1e9)
     monkeypatch.setattr(convolution, "HOPELESS", 1e9)  # all that can take part are measured
     monkeypatch.setattr(convolution, "MEASURED", 99)
     yield made

@@ -46,6 +46,7 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def all_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "BEHIND", 1e9)
     monkeypatch.setattr(convolution, "HOPELESS", 1e9)
     monkeypatch.setattr(convolution, "MEASURED", 99)
 

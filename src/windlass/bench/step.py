@@ -7,8 +7,6 @@ All train the same network from the same weights on the same batch, in channels_
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -20,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from windlass.bench.conv import quartiles
+from windlass.engine.memory import ask_for_huge_pages, keep_freed_memory
 from windlass.errors import WindlassError
 
 RIVALS: dict[str, dict[str, bool]] = {
@@ -183,21 +182,6 @@ def rows_to_json(rows: Sequence[StepRow], spec: StepSpec, machine: dict[str, Any
     )
 
 
-MEMORY = "windlass.engine.memory"
-"""The module that sets what a process does with freed memory."""
-
-
-def available_rivals() -> list[str]:
-    """Those of `RIVALS` that can run here."""
-    can_keep = importlib.util.find_spec(MEMORY) is not None
-    return [name for name, settings in RIVALS.items() if can_keep or not settings["keeps_memory"]]
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep freed memory: the one place of this benchmark where that is set."""
-    importlib.import_module(MEMORY).keep_freed_memory()
-
-
 def make_step(spec: StepSpec, *, accelerated: bool) -> Callable[[], float]:
     """The textbook training step; returns its loss."""
     import torch
@@ -236,7 +220,8 @@ def main(arguments: Sequence[str]) -> int:
     request = json.loads(arguments[0])
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever else prints must not come between the answers
-    if request["keeps_memory"]:
+    if request["keeps_memory"]:  # before PyTorch's first tensor
+        ask_for_huge_pages()
         keep_freed_memory()
     step = make_step(StepSpec(**request["spec"]), accelerated=request["accelerated"])
     losses = [step() for _ in range(WARM_UP)]

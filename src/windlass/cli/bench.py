@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP
+from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP, keep_memory_as_in_training
 from windlass.engine.launch import num_cores
 from windlass.errors import ConfigError, unknown
 from windlass.networks import NETWORKS
@@ -78,6 +78,9 @@ def bench_conv_command(
     turns: Annotated[int, typer.Option(help="Turns of each rival; medians are over them.")] = 7,
     accuracy: Annotated[str, typer.Option(help=ACCURACY_HELP)] = "standard",
     workspace_mb: Annotated[int, typer.Option(help=WORKSPACE_HELP)] = 64,
+    keep_memory: Annotated[
+        bool, typer.Option("--keep-memory", help="Keep freed memory, for all alike, as training does.")
+    ] = False,
     details: Annotated[bool, typer.Option("--details", help="A line for every algorithm and rival.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them into this file (.png, .svg, .pdf).")] = None,
@@ -98,6 +101,8 @@ def bench_conv_command(
     _check_json(json_path)
     if plot is not None:
         convplot.check_plot_path(plot)
+    if keep_memory:
+        keep_memory_as_in_training()
     if network is not None:
         if network not in NETWORKS:
             raise ConfigError(f"--network: {unknown('network', network, NETWORKS)}")
@@ -125,12 +130,12 @@ def bench_conv_command(
 
         rows = bench_conv(cases, directions=wanted, settings=settings, machine=machine, turns=turns, on_turn=on_turn)
     described = describe_machine(hosts=[], threads=threads, versions=_versions())
-    described |= {"peak_flops": machine.peak_flops, "bytes_per_s": machine.bytes_per_s}
+    described |= {"peak_flops": machine.peak_flops, "bytes_per_s": machine.bytes_per_s, "keeps_memory": keep_memory}
     print(
         f"{described['cpu']}, {threads} thread(s), measured peak {machine.peak_flops / 1e9:.0f} GFLOP/s, "
         f"PyTorch {described['torch']}, commit {described['commit'] or '?'}, {turns} turns, accuracy {accuracy}"
     )
-    print(title)
+    print(f"{title}, freed memory {'kept' if keep_memory else 'as PyTorch leaves it'}")
     for line in (*notes(), *(convtable.details(rows) if details else convtable.summary(rows))):
         print(line)
     if json_path is not None:
@@ -156,7 +161,7 @@ def bench_step_command(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
     """A whole training step, plain PyTorch in channels_last beside the accelerated one, each in a process."""
-    from windlass.bench.step import StepSpec, available_rivals, bench_step, rows_to_json
+    from windlass.bench.step import RIVALS, StepSpec, bench_step, rows_to_json
     from windlass.runs.folder import describe_machine
 
     Settings(accuracy=accuracy, tune=tune, workspace_mb=workspace_mb)
@@ -171,15 +176,14 @@ def bench_step_command(
         network=network, batch=batch, image_size=image_size, threads=threads or num_cores(), accuracy=accuracy,
         tune=tune, workspace_mb=workspace_mb,
     )  # fmt: skip
-    rivals = available_rivals()
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=(turns + 1) * len(rivals))
+        task = progress.add_task("starting", total=(turns + 1) * len(RIVALS))
 
         def on_turn(name: str, turn: int) -> None:
             progress.update(task, advance=1, description=f"{name}, turn {turn + 1}" if turn >= 0 else f"{name} begins")
 
-        rows = bench_step(spec, turns=turns, rivals=rivals, on_turn=on_turn)
+        rows = bench_step(spec, turns=turns, on_turn=on_turn)
     machine = describe_machine(hosts=[], threads=spec.threads, versions=_versions())
     print(f"{machine['cpu']}, {spec.threads} thread(s), PyTorch {machine['torch']}, commit {machine['commit'] or '?'}")
     print(f"{network}, batch {batch}, channels_last, SGD with momentum, {turns} turns, accuracy {accuracy}")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP, TuningBar
+from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP, TuningBar, keep_memory_as_in_training
 from windlass.config import DEFAULT_TUNE, assignment, config_from_layers, join
 from windlass.runs.files import to_yaml, write_atomically
 
@@ -37,6 +37,9 @@ def plan_command(
         "workspace_mb": workspace_mb,
     }
     config = config_from_layers([join([given, *map(assignment, settings or [])])])
+
+    if config.tune == "measure":
+        keep_memory_as_in_training()
 
     import torch
 

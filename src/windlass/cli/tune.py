@@ -49,6 +49,7 @@ def tune_command(
         if value < lowest:
             raise ConfigError(f"{option}: needs a number of at least {lowest}, got {value}")
     check_network_name(network)
+    keep_memory_as_in_training()
 
     import torch
 
@@ -74,6 +75,14 @@ def tune_command(
     print(f"{network}, input {shape}, {layout}, {threads} thread(s), accuracy {accuracy}, tune {tune}")
     print(f"measured peaks: {machine.peak_flops / 1e9:.0f} GFLOP/s, {machine.bytes_per_s / 1e9:.0f} GB/s")
     print(found)
+
+
+def keep_memory_as_in_training() -> None:
+    """What the ranks of a run do with freed memory, so that what is measured here is what happens there."""
+    from windlass.engine.memory import ask_for_huge_pages, keep_freed_memory
+
+    ask_for_huge_pages()
+    keep_freed_memory()
 
 
 class TuningBar:

@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 import llvmlite.binding
 import numba
 
-DISABLED = bool(numba.config.DISABLE_JIT)
+_config: Any = numba.config
+
+DISABLED = bool(_config.DISABLE_JIT)
 """Whether kernels run as plain Python (NUMBA_DISABLE_JIT=1), with every intrinsic as its NumPy twin."""
 
 LANES = 16
@@ -53,10 +55,10 @@ def kernel(function: Function, *, key: tuple[int, ...] = ()) -> Function:
     suffix = "".join(f"_{part}" for part in key)
     function.__name__ += suffix
     function.__qualname__ += suffix
-    compiled = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
     # Numba has no public way to say on what cached code depends, and would not know a closure over kernels again
     # in another process.  Where these attributes are gone, its own ways remain: right, but compiled more often.
-    cache = getattr(compiled, "_cache", None)
+    cache: Any = getattr(compiled, "_cache", None)
     if hasattr(getattr(cache, "_cache_file", None), "_source_stamp") and hasattr(cache, "_index_key"):
         cache._cache_file._source_stamp = STAMP
         cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
@@ -65,13 +67,13 @@ def kernel(function: Function, *, key: tuple[int, ...] = ()) -> Function:
 
 def _features() -> frozenset[str]:
     """Features of the processor that Numba compiles for."""
-    if numba.config.CPU_FEATURES:
-        given = numba.config.CPU_FEATURES.split(",")
+    if _config.CPU_FEATURES:
+        given = _config.CPU_FEATURES.split(",")
         return frozenset(name[1:] for name in given if name.startswith("+"))
-    if numba.config.CPU_NAME in (None, "host"):
+    if _config.CPU_NAME in (None, "host"):
         return frozenset(name for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
     known = {"avx512": ("x86-64-v4", "avx512", "znver4", "znver5"), "avx2": ("x86-64-v3", "haswell", "znver")}
-    name = numba.config.CPU_NAME
+    name = _config.CPU_NAME
     if any(part in name for part in known["avx512"]):
         return frozenset({"avx512f", "avx2", "fma"})
     return frozenset({"avx2", "fma"}) if any(part in name for part in known["avx2"]) else frozenset()

@@ -17,8 +17,9 @@ from numba.extending import intrinsic
 
 from windlass.kernels import emit
 from windlass.kernels.jit import DISABLED, LANES, kernel
+from windlass.kernels.runs import emit_fetch
 from windlass.kernels.strips import Filter, Image
-from windlass.kernels.transform import clear, move, transpose
+from windlass.kernels.transform import clear, move, prefetch, transpose
 
 
 def _mask(builder: ir.IRBuilder, count: Any) -> Any:
@@ -37,8 +38,8 @@ def _masked(builder: ir.IRBuilder, name: str, result: Any, arguments: list[Any])
 
 
 @intrinsic
-def _take(typing_context, src, src_at, count, dst, dst_at):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+def _take(typing_context, src, src_at, count, dst, dst_at):
+    def generate(context, builder, signature, values):
         address = builder.gep(emit.pointer(context, builder, src, values[0]), [values[1]])
         address = builder.bitcast(address, emit.vector.as_pointer())
         arguments = [address, ir.Constant(emit.i32, 4), _mask(builder, values[2]), emit.splat(builder, 0.0)]
@@ -61,8 +62,8 @@ others are 0."""
 
 
 @intrinsic
-def _give(typing_context, src, src_at, dst, dst_at, count):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+def _give(typing_context, src, src_at, dst, dst_at, count):
+    def generate(context, builder, signature, values):
         value = emit.load(builder, emit.pointer(context, builder, src, values[0]), values[1])
         address = builder.gep(emit.pointer(context, builder, dst, values[2]), [values[3]])
         address = builder.bitcast(address, emit.vector.as_pointer())
@@ -82,8 +83,8 @@ give: Callable[..., None] = _give_python if DISABLED else _give
 
 
 @intrinsic
-def _add(typing_context, src, src_at, dst, dst_at):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+def _add(typing_context, src, src_at, dst, dst_at):
+    def generate(context, builder, signature, values):
         target = emit.pointer(context, builder, dst, values[2])
         value = emit.load(builder, emit.pointer(context, builder, src, values[0]), values[1])
         total = builder.fadd(emit.load(builder, target, values[3]), value)
@@ -101,11 +102,69 @@ add: Callable[..., None] = _add_python if DISABLED else _add
 """add(src, src_at, dst, dst_at): adds 16 numbers to 16."""
 
 
+@intrinsic
+def _zip3(typing_context, src, src_at, src_row, dst, dst_at):
+    def generate(context, builder, signature, values):
+        source = emit.pointer(context, builder, src, values[0])
+        target = emit.pointer(context, builder, dst, values[3])
+        rows = [builder.add(values[1], builder.mul(emit.constant(c), values[2])) for c in range(3)]
+        first, second, third = (emit.load(builder, source, row) for row in rows)
+        for block in range(3):
+            places = [divmod(block * LANES + lane, 3) for lane in range(LANES)]
+            pair = [pixel + LANES * min(c, 1) for pixel, c in places]
+            value = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(emit.i32, LANES), pair))
+            whole = [LANES + pixel if c == 2 else lane for lane, (pixel, c) in enumerate(places)]
+            value = builder.shuffle_vector(value, third, ir.Constant(ir.VectorType(emit.i32, LANES), whole))
+            emit.store(builder, value, target, builder.add(values[4], emit.constant(block * LANES)))
+        return context.get_dummy_value()
+
+    return types.void(src, types.int64, types.int64, dst, types.int64), generate
+
+
+def _zip3_python(src: Any, src_at: int, src_row: int, dst: Any, dst_at: int) -> None:
+    rows = [emit.flat(src)[src_at + c * src_row :][:LANES] for c in range(3)]
+    emit.flat(dst)[dst_at:][: 3 * LANES] = np.stack(rows, 1).reshape(-1)
+
+
+zip3: Callable[..., None] = _zip3_python if DISABLED else _zip3
+"""zip3(src, src_at, src_row, dst, dst_at): three rows of 16 numbers become 16 triples."""
+
+
+@intrinsic
+def _fetch(typing_context, src, src_at):
+    def generate(context, builder, signature, values):
+        emit_fetch(builder, builder.gep(emit.pointer(context, builder, src, values[0]), [values[1]]))
+        return context.get_dummy_value()
+
+    return types.void(src, types.int64), generate
+
+
+def _fetch_python(src: Any, src_at: int) -> None:
+    pass
+
+
+fetch: Callable[..., None] = _fetch_python if DISABLED else _fetch
+"""fetch(src, src_at): asks for a line of memory to come to the second cache; any address will do."""
+
+
+@kernel
+def fetch_pixels(src: Any, at: int, pitch: int, channels: int, first: int, last: int) -> None:
+    """Asks for `channels` channels of pixels first…last, `pitch` numbers apart."""
+    for p in range(first, last):
+        for c in range(0, channels, LANES):
+            fetch(src, at + p * pitch + c)
+
+
+AHEAD = 1024
+"""Numbers between the one that is copied and the one that is fetched from memory."""
+
+
 @kernel
 def copy(src: Any, at: int, count: int, dst: Any, to: int) -> None:
     """`count` numbers; writes up to 15 zeros after them."""
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
+        prefetch(1, 1, src, at + i + AHEAD, 0, 0)
         move(src, at + i, dst, to + i)
     if whole < count:
         take(src, at + whole, count - whole, dst, to + whole)
@@ -126,13 +185,10 @@ def _columns_in(x: Any, at: int, image: Image, channels: int, cols: int, buf: An
         for j in range(0, cols, LANES):
             first = min(j, cols - LANES)
             transpose(x, at + c * image.c + first, image.c, buf, to + first * pitch + c, pitch)
-    if channels == 3 and image.w == 1:
-        for j in range(cols):
-            start = at + j
-            base = to + j * pitch
-            buf[base] = x[start]
-            buf[base + 1] = x[start + image.c]
-            buf[base + 2] = x[start + 2 * image.c]
+    if channels == pitch == 3 and image.w == 1 and cols >= LANES:
+        for j in range(0, cols, LANES):
+            first = min(j, cols - LANES)
+            zip3(x, at + first, image.c, buf, to + first * pitch)
         return
     for c in range(blocks, channels):
         for j in range(cols):
@@ -219,7 +275,7 @@ def _planes_out(tile: Any, at: int, pitch: int, y: Any, to: int, image: Image, p
 @kernel
 def rows_out(tile: Any, at: int, row_pitch: int, pitch: int, y: Any, to: int, image: Image, rows: int, cols: int,
              channels: int) -> None:  # fmt: skip
-    """y = rows × cols pixels and the first `channels` channels of a tile."""
+    """Writes y, rows × cols pixels and the first `channels` channels of a tile."""
     if image.c != 1 and image.w == 1 and image.h == cols and row_pitch == cols * pitch:
         _planes_out(tile, at, pitch, y, to, image, rows * cols, channels)
         return
@@ -320,6 +376,3 @@ def weights_out(panel: Any, at: int, width: int, stride: int, w: Any, to: int, f
                 base = at + (t * stride + c) * width
                 for k in range(min(outputs, LANES)):
                     w[start + c * filter.c + k * filter.k] = panel[base + k]
-
-
-_: Any = np

@@ -31,12 +31,12 @@ class Taps(NamedTuple):
     """Taps of one phase along one axis, by growing offset.
 
     Attributes:
-        count: number of taps.
+        num: how many.
         offset, step: offset of the first, and from one to the next.
         first, turn: place in the filter of the first, and from one to the next.
     """
 
-    count: int
+    num: int
     offset: int = 0
     step: int = 1
     first: int = 0
@@ -45,7 +45,7 @@ class Taps(NamedTuple):
     @property
     def last(self) -> int:
         """The largest offset."""
-        return self.offset + (self.count - 1) * self.step
+        return self.offset + (self.num - 1) * self.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +101,15 @@ class TapConv:
     @property
     def reach(self) -> tuple[Pair, Pair]:
         """(lowest, highest) offset down and across, over all phases; (0, 0) without taps."""
-        down = [phase.down for phase in self.phases if phase.down.count]
-        across = [phase.across for phase in self.phases if phase.across.count]
+        down = [phase.down for phase in self.phases if phase.down.num]
+        across = [phase.across for phase in self.phases if phase.across.num]
         return _reach(down), _reach(across)
 
     @property
     def is_flat(self) -> bool:
         """Whether an output pixel needs the input pixel at the same place and no other."""
-        one = Taps(1, 0, 1, 0, 1)
-        return self.step == self.spread == (1, 1) and [(p.down[:2], p.across[:2]) for p in self.phases] == [
-            (one[:2], one[:2])
-        ]
+        alone = self.step == self.spread == self.kernel == (1, 1)
+        return alone and all(p.down.offset == p.across.offset == 0 for p in self.phases)
 
 
 def _reach(taps: list[Taps]) -> Pair:
@@ -151,8 +149,10 @@ def _residue(kernel: int, stride: int, dilation: int, pad: int, phase: int) -> T
     """The taps that meet rows of one phase."""
     met = [r for r in reversed(range(kernel)) if (phase + pad - r * dilation) % stride == 0]
     offsets = [(phase + pad - r * dilation) // stride for r in met]
-    if len(met) < 2:
-        return Taps(len(met), *offsets, 1, *met) if met else Taps(0)
+    if not met:
+        return Taps(0)
+    if len(met) == 1:
+        return Taps(1, offsets[0], 1, met[0], 1)
     return Taps(len(met), offsets[0], offsets[1] - offsets[0], met[0], met[1] - met[0])
 
 
@@ -164,8 +164,8 @@ def places(conv: TapConv) -> Table:
     table = np.full(conv.taps, -1, np.int64)
     place = 0
     for phase in conv.phases:
-        for i in range(phase.down.count):
-            for j in range(phase.across.count):
+        for i in range(phase.down.num):
+            for j in range(phase.across.num):
                 r = phase.down.first + i * phase.down.turn
                 s = phase.across.first + j * phase.across.turn
                 table[r * conv.kernel[1] + s] = place
@@ -197,10 +197,12 @@ class PhaseRow(NamedTuple):
     weights: int
 
 
-def runs_of(conv: TapConv, *, pitch: int, row_pitch: int) -> tuple[Table, Table]:
+def runs_of(conv: TapConv, *, pitch: int, row_pitch: int, lanes: int = 1, merge: bool = True) -> tuple[Table, Table]:
     """The phases as `PhaseRow`s, and the offsets of their runs from the pixel (i·step, j·step), in elements.
 
-    A row of taps is one run where its pixels lie side by side, else a run per tap.
+    A row of taps is one run where its pixels lie side by side, else a run per tap.  A number of the reduction is
+    `lanes` elements; a pixel of one number has its taps in one run even if they lie apart.  Without `merge` every tap
+    is a run.
     """
     rows: list[PhaseRow] = []
     offsets: list[int] = []
@@ -208,10 +210,11 @@ def runs_of(conv: TapConv, *, pitch: int, row_pitch: int) -> tuple[Table, Table]
     for phase in conv.phases:
         down, across = phase.down, phase.across
         count = -(-(conv.out_height - phase.row) // conv.spread[0])
-        merged = pitch == conv.channels and across.step == 1 and across.count > 0
-        runs = 1 if merged else across.count
-        depth = conv.channels * (across.count if merged else 1)
-        taps = down.count if across.count else 0
+        merged = merge and pitch == conv.channels * lanes and across.num > 0
+        merged = merged and (across.step == 1 or conv.channels < lanes == pitch)
+        runs = 1 if merged else across.num
+        depth = conv.channels * (across.num if merged else 1)
+        taps = down.num if across.num else 0
         rows.append(
             PhaseRow(phase.row, phase.col, count, -(-(conv.out_width - phase.col) // conv.spread[1]),
                      taps, down.offset, down.step, runs, depth, len(offsets), weights)
@@ -219,7 +222,7 @@ def runs_of(conv: TapConv, *, pitch: int, row_pitch: int) -> tuple[Table, Table]
         for i in range(taps):
             for j in range(runs):
                 offsets.append((down.offset + i * down.step) * row_pitch + (across.offset + j * across.step) * pitch)
-        weights += taps * across.count * conv.channels
+        weights += taps * across.num * conv.channels
     return np.array(rows, np.int64).reshape(-1, len(PhaseRow._fields)), np.array([*offsets, 0], np.int64)
 
 
@@ -238,6 +241,11 @@ def image_of(array: Array) -> Image:
     return Image(n, c, h, w, height, width, 0, 0)
 
 
+def strides_of(image: Image) -> tuple[int, int, int] | None:
+    """Pixel, row and image stride where channels lie side by side."""
+    return (image.w, image.h, image.n) if image.c == 1 else None
+
+
 def filter_of(w: Array, *, swapped: bool = False) -> Filter:
     """Strides in elements of weights, input and output channels exchanged if `swapped`."""
     k, c, r, s = (stride // 4 for stride in w.strides)
@@ -251,33 +259,56 @@ def filter_of(w: Array, *, swapped: bool = False) -> Filter:
 
 
 def plain(array: Array) -> Array:
-    """The array, or a copy where its strides are negative or no whole numbers."""
-    if all(stride >= 0 and stride % 4 == 0 for stride in array.strides):
+    """The array, or a copy where a kernel cannot read it: strides negative or no whole numbers, memory read-only."""
+    if array.flags.writeable and all(stride >= 0 and stride % 4 == 0 for stride in array.strides):
         return array
-    return np.ascontiguousarray(array)
+    return array.copy(order="C")
 
 
 def flattened(conv: TapConv, image: Image, out: Image) -> tuple[TapConv, Image, Image]:
     """The same product with rows, and images, laid end to end, where pixels stand alone and nothing lies between."""
-    if not conv.is_flat:
+    if not conv.is_flat or image.h != image.width * image.w or out.h != out.width * out.w:
         return conv, image, out
-    if image.h == image.width * image.w and out.h == out.width * out.w:
-        pixels = image.height * image.width
-        image, out = (i._replace(h=pixels * i.w, height=1, width=pixels) for i in (image, out))
-        if image.n == image.h and out.n == out.h:
-            pixels *= conv.batch
-            image, out = (i._replace(n=pixels * i.w, h=pixels * i.w, width=pixels) for i in (image, out))
-            conv = replace(conv, batch=1)
-        conv = replace(conv, height=1, width=pixels, out_height=1, out_width=pixels)
-    return conv, image, out
+    pixels = image.height * image.width
+    image, out = (i._replace(h=pixels * i.w, height=1, width=pixels) for i in (image, out))
+    conv, joined = laid_out(conv)
+    if image.n != image.h or out.n != out.h:
+        return conv, image, out
+    pixels *= conv.batch
+    image, out = (i._replace(n=pixels * i.w, h=pixels * i.w, width=pixels) for i in (image, out))
+    return joined, image, out
+
+
+def laid_out(conv: TapConv) -> tuple[TapConv, TapConv]:
+    """A flat convolution with images of one row, and with one image of one row."""
+    pixels = conv.height * conv.width
+    rows = replace(conv, height=1, width=pixels, out_height=1, out_width=pixels)
+    pixels *= conv.batch
+    return rows, replace(rows, batch=1, width=pixels, out_width=pixels)
+
+
+def thinned(shape: ConvShape) -> ConvShape:
+    """A 1×1 convolution without padding needs only every stride-th pixel: the same with stride 1 on those."""
+    if shape.kernel != (1, 1) or any(shape.padding):
+        return shape
+    return replace(shape, height=shape.out_height, width=shape.out_width, stride=(1, 1))
+
+
+def thin(x: Array, shape: ConvShape) -> Array:
+    """Of `x` the pixels that `thinned(shape)` is about."""
+    if thinned(shape) is shape:
+        return x
+    return x[:, :, :: shape.stride[0], :: shape.stride[1]][:, :, : shape.out_height, : shape.out_width]
 
 
 STREAM_BYTES = 32 << 20
 """Outputs from this size on are written past the caches, which they would only sweep."""
 
 
-def streams(y: Array, conv: TapConv) -> bool:
-    """Whether `y` is large, and every block of 16 channels of a pixel a cache line of its own."""
-    strides = (y.strides[0], y.strides[2], y.strides[3], y.ctypes.data)
-    aligned = not any(stride % 64 for stride in strides) and (conv.groups == 1 or conv.outputs % 16 == 0)
-    return y.nbytes >= STREAM_BYTES and y.strides[1] == 4 and aligned
+def streams(y: Array, group: int = 0) -> bool:
+    """Whether `y` is large, and every block of 16 channels of a pixel a cache line of its own.
+
+    Blocks start at the first channel of every group of `group` channels; 0: there are no groups.
+    """
+    strides = (y.strides[0], y.strides[2], y.strides[3], y.ctypes.data, 4 * group)
+    return y.nbytes >= STREAM_BYTES and y.strides[1] == 4 and not any(stride % 64 for stride in strides)

@@ -124,8 +124,8 @@ def _finish(
 
 
 def _finish_python(
-    m: int, r: int, stream: int, src: Any, src_at: int, src_row: int, src_col: int, bias: Any, bias_at: int, floor: float,
-    dst: Any, dst_at: int, dst_row: int, dst_col: int,
+    m: int, r: int, stream: int, src: Any, src_at: int, src_row: int, src_col: int,
+    bias: Any, bias_at: int, floor: float, dst: Any, dst_at: int, dst_row: int, dst_col: int,
 ) -> None:  # fmt: skip
     source, target, added = emit.flat(src), emit.flat(dst), emit.flat(bias)[bias_at:][:LANES]
     rows = _sandwich(

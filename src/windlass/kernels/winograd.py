@@ -74,7 +74,7 @@ class _Sizes:
         return Tiles(
             rows=self.rows,
             cols=self.cols,
-            count=self.count,
+            total=self.count,
             block=block,
             panels=panels,
             v_row=v_row,
@@ -104,11 +104,11 @@ class _Sizes:
         v_row = -(-channels // LANES) * LANES + LANES
         z_row = -(-outputs // TILE_COLUMNS) * TILE_COLUMNS + LANES
         tiles = Tiles(
-            rows=self.rows, cols=self.cols, count=self.count, block=block, panels=1,
+            rows=self.rows, cols=self.cols, total=self.count, block=block, panels=1,
             v_row=v_row, v_plane=_odd_lines(block * v_row), u_plane=0, m_plane=0, stream=0,
         )  # fmt: skip
         parts = Parts(
-            count=max(1, -(-self.count // per_part)),
+            total=max(1, -(-self.count // per_part)),
             tiles=per_part,
             channels=channels,
             outputs=outputs,
@@ -120,7 +120,7 @@ class _Sizes:
 
     def weight_scratch(self, tiles: Tiles, parts: Parts, threads: int) -> tuple[int, int, int, int, int]:
         """Numbers in V, Z, dU, patches and the parts' sums."""
-        sums = parts.count * -(-self.outputs // LANES) * LANES * self.channels * self.r**2
+        sums = parts.total * -(-self.outputs // LANES) * LANES * self.channels * self.r**2
         per_thread = (tiles.v_plane, parts.z_plane, parts.u_plane)
         v, z, u = (threads * self.points * plane for plane in per_thread)
         return v, z, u, threads * patch_numbers(self.m, self.r), sums

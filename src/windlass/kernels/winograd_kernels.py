@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
     """The tiles of a batch, and how a kernel's scratch memory is laid out, in elements.
 
     Attributes:
-        rows, cols, count: tiles of an image down and across, and of the batch.
+        rows, cols, total: tiles of an image down and across, and of the batch.
         block: tiles of a task.
         panels: panels of `TILE_COLUMNS` output channels in a task's M.
         v_row, v_plane: strides of tile and point in V; those of U, M and Z likewise.
@@ -59,7 +59,7 @@ class Tiles(NamedTuple):
 
     rows: int
     cols: int
-    count: int
+    total: int
     block: int
     panels: int
     v_row: int
@@ -72,7 +72,7 @@ class Tiles(NamedTuple):
 class Parts(NamedTuple):
     """How the gradient of the weights is divided: parts of the tiles, blocks of channels."""
 
-    count: int
+    total: int
     tiles: int
     channels: int
     outputs: int
@@ -335,7 +335,7 @@ def kernels(m: int, r: int) -> Kernels:
     def tile_task(task, thread, x, image_x, y, image_y, channels, outputs, tiles, U, V, v_size, M, m_size,
                   patch, patch_size, bias, floor):  # fmt: skip
         first = task * tiles.block
-        last = min(first + tiles.block, tiles.count)
+        last = min(first + tiles.block, tiles.total)
         v_at, m_at, patch_at = thread * v_size, thread * m_size, thread * patch_size
         tiles_in(x, image_x, tiles, first, last, V, v_at, tiles.v_row, tiles.v_plane, patch, patch_at, 0, channels)
         panels = (outputs + TILE_COLUMNS - 1) // TILE_COLUMNS
@@ -380,7 +380,7 @@ def kernels(m: int, r: int) -> Kernels:
         tasks = (outputs + TILE_COLUMNS - 1) // TILE_COLUMNS * ((channels + LANES - 1) // LANES)
         parallel_for(weight_task, tasks, threads,
                      (w, filter, channels, outputs, tiles.u_plane, U, patch, patch_size))  # fmt: skip
-        parallel_for(tile_task, (tiles.count + tiles.block - 1) // tiles.block, threads,
+        parallel_for(tile_task, (tiles.total + tiles.block - 1) // tiles.block, threads,
                      (x, image_x, y, image_y, channels, outputs, tiles, U, V, v_size, M, m_size,
                       patch, patch_size, bias, floor))  # fmt: skip
 
@@ -394,7 +394,7 @@ def kernels(m: int, r: int) -> Kernels:
             image,
             tiles,
             first,
-            min(first + tiles.block, tiles.count),
+            min(first + tiles.block, tiles.total),
             V,
             first * tiles.v_row + c,
             tiles.v_row,
@@ -411,14 +411,14 @@ def kernels(m: int, r: int) -> Kernels:
                     patch, patch_size, bias, floor):  # fmt: skip
         u_at, m_at, patch_at = thread * u_size, thread * m_size, thread * patch_size
         weights_in(w, filter, outputs, tiles.u_plane, task, 0, channels, U, u_at, patch, patch_at)
-        multiply(tiles, tiles.count, channels, V, 0, U, u_at, M, m_at, TILE_COLUMNS)
+        multiply(tiles, tiles.total, channels, V, 0, U, u_at, M, m_at, TILE_COLUMNS)
         k = task * TILE_COLUMNS
         tiles_out(
             y,
             image,
             tiles,
             0,
-            tiles.count,
+            tiles.total,
             M,
             m_at,
             TILE_COLUMNS,
@@ -435,7 +435,7 @@ def kernels(m: int, r: int) -> Kernels:
     def by_outputs(x, image_x, w, filter, y, image_y, channels, outputs, tiles, U, u_size, V, M, m_size,
                    patch, patch_size, bias, floor, threads):  # fmt: skip
         chunks = (channels + CHANNELS_AT_ONCE - 1) // CHANNELS_AT_ONCE
-        blocks = (tiles.count + tiles.block - 1) // tiles.block
+        blocks = (tiles.total + tiles.block - 1) // tiles.block
         parallel_for(input_task, blocks * chunks, threads, (x, image_x, channels, tiles, V, patch, patch_size))
         parallel_for(output_task, (outputs + TILE_COLUMNS - 1) // TILE_COLUMNS, threads,
                      (w, filter, y, image_y, channels, outputs, tiles, U, u_size, V, M, m_size,
@@ -455,7 +455,7 @@ def kernels(m: int, r: int) -> Kernels:
         blocks = (num_c + TILE_ROWS - 1) // TILE_ROWS
         u_row = panels * TILE_COLUMNS
         begin = part * parts.tiles
-        end = min(begin + parts.tiles, tiles.count)
+        end = min(begin + parts.tiles, tiles.total)
         for first in range(begin, end, tiles.block):
             last = min(first + tiles.block, end)
             tiles_in(x, image_x, tiles, first, last, V, v_at, tiles.v_row, tiles.v_plane, patch, patch_at, c0, num_c)
@@ -500,7 +500,7 @@ def kernels(m: int, r: int) -> Kernels:
         size = min(LANES, channels - c) * taps * LANES
         part_size = (outputs + LANES - 1) // LANES * channels * taps * LANES
         at = (k // LANES * channels + c) * taps * LANES
-        for part in range(1, parts.count):
+        for part in range(1, parts.total):
             for i in range(size):
                 D[at + i] += D[at + part * part_size + i]
         filter_out(D, at, r, outputs - k, channels - c, dw, filter.at + k * filter.k + c * filter.c, filter)
@@ -511,7 +511,7 @@ def kernels(m: int, r: int) -> Kernels:
                U, u_size, patch, patch_size, D, threads):  # fmt: skip
         blocks_c = (channels + parts.channels - 1) // parts.channels
         blocks_k = (outputs + parts.outputs - 1) // parts.outputs
-        parallel_for(gradient_task, parts.count * blocks_c * blocks_k, threads,
+        parallel_for(gradient_task, parts.total * blocks_c * blocks_k, threads,
                      (x, image_x, dy, image_y, channels, outputs, tiles, parts, V, v_size, Z, z_size,
                       U, u_size, patch, patch_size, D))  # fmt: skip
         tasks = (outputs + LANES - 1) // LANES * ((channels + LANES - 1) // LANES)

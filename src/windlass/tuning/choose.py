@@ -1,7 +1,7 @@
 """Chooses a plan for a network: every lever at a value, each with its reason.
 
-So far the values follow rules of thumb from a few measurements (docs/log.md); measuring on the machine at hand
-comes with the levers that gain from it.
+These values follow rules of thumb from a few measurements (docs/log.md).  Convolutions are then tuned on the
+machine at hand, where that is asked for (`tuning.network`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHANNELS_LAST_FROM = 64
 def choose_plan(graph: Graph, *, workers: int, batch: int) -> Plan:
     """The plan that the trainer uses for `graph` on `workers` ranks with this global batch."""
     chosen = {
-        "convolution": Choice("torch", "PyTorch's own convolution (oneDNN) is the one algorithm there is so far"),
+        "convolution": Choice("torch", "PyTorch's own (oneDNN); tune: model or measure chooses for each layer"),
         "number_format": Choice("float32", "the one number format there is so far"),
         "layout": _layout(graph),
         "parallel": Choice("data", f"{workers} worker(s), each its shard of every batch of {batch}"),

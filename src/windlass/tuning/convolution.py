@@ -1,7 +1,7 @@
 """Chooses the algorithms of convolutions: by domain and accuracy, by the cost model, then by measuring.
 
 PyTorch's own kernel always takes part, and it wins ties: another algorithm must be faster by `MARGIN`.  What the
-model takes for much slower than PyTorch's is not measured.  Times are kept (`tuning.cache`).
+model takes for much slower than PyTorch's, or than another, is not measured.  Times are kept (`tuning.cache`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ MEASURED = 3
 """How many algorithms are measured beside PyTorch's own."""
 HOPELESS = 1.5
 """An algorithm predicted so many times slower than PyTorch's own is not measured."""
+BEHIND = 2.0
+"""Nor is one predicted so many times slower than the best of Windlass's own."""
 DETOUR_S = 40e-6
 """What a direction that stays PyTorch's pays for going through Windlass's operator."""
 
@@ -88,20 +90,21 @@ class Tuner:
         row = DirectionTuning(direction=direction, predicted=predicted)
         if self.settings.tune == "off":
             return replace(row, reason="tuning is off")
-        if len(possible) == 1:
-            return replace(row, reason=_why_alone(self.settings, refused))
-        worth = sorted(
-            (
-                algorithm
-                for algorithm in possible
-                if algorithm != "torch" and predicted[algorithm] <= HOPELESS * predicted["torch"]
-            ),
-            key=lambda algorithm: predicted[algorithm],
-        )[:MEASURED]
+        if len(possible) == 1 and not refused:
+            return replace(row, reason=_why_alone(self.settings))
+        row = self._choose(name, row, cases) if len(possible) > 1 else row
+        left_out = [f"{refused_name} needs {why}" for refused_name, why in refused.items()]
+        return replace(row, reason="; ".join(([row.reason] if row.reason else []) + left_out))
+
+    def _choose(self, name: str, row: DirectionTuning, cases: Mapping[ConvCase, int]) -> DirectionTuning:
+        """Among those that have a price, by the model or by measuring."""
+        predicted, direction = row.predicted, row.direction
+        others = sorted((a for a in predicted if a != "torch"), key=lambda a: predicted[a])
+        limit = min(HOPELESS * predicted["torch"], BEHIND * predicted[others[0]])
+        worth = [a for a in others if predicted[a] <= limit][:MEASURED]
         if not worth:
-            nearest = min((a for a in possible if a != "torch"), key=lambda a: predicted[a])
-            times = predicted[nearest] / predicted["torch"]
-            return replace(row, reason=f"{nearest} is predicted to take {times:.1f} times PyTorch's time")
+            times = predicted[others[0]] / predicted["torch"]
+            return replace(row, reason=f"{others[0]} is predicted to take {times:.1f} times PyTorch's time")
         if self.settings.tune == "model":
             return decide(row, {a: predicted[a] for a in ("torch", *worth)}, margin=MODEL_MARGIN)
         measured: dict[str, float] = dict.fromkeys(("torch", *worth), 0.0)
@@ -165,11 +168,9 @@ def decide(row: DirectionTuning, rivals: Mapping[str, float], *, margin: float) 
     return replace(row, reason=f"PyTorch's is fastest: {nearest} takes {times:.2f} times its time")
 
 
-def _why_alone(settings: Settings, refused: Mapping[str, str]) -> str:
+def _why_alone(settings: Settings) -> str:
     if settings.accuracy == "exact":
         return "accuracy exact leaves PyTorch's own"
-    if refused:
-        return "; ".join(f"{name} needs {why}" for name, why in refused.items())
     return f"no other algorithm computes it at accuracy {settings.accuracy}"
 
 

@@ -58,20 +58,27 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """Shares of peak that a family reaches, and the seconds of a call that does nothing."""
+    """What a family reaches.
+
+    Attributes:
+        product, transform: shares of peak, for wide convolutions.
+        depthwise: share of peak in the kernels for depthwise convolutions; 0: it has none of its own.
+        call_s: seconds of a call that does nothing; each group is one, unless the family has kernels for groups.
+    """
 
     product: float
     transform: float
+    depthwise: float
     call_s: float
 
 
 EFFICIENCIES: dict[str, Efficiency] = {
-    "direct": Efficiency(0.75, 1.0, 60e-6),
-    "im2col": Efficiency(0.75, 1.0, 60e-6),
-    "winograd": Efficiency(0.80, 0.30, 60e-6),
-    "fft": Efficiency(0.65, 0.25, 80e-6),
+    "direct": Efficiency(product=0.75, transform=1.0, depthwise=0.42, call_s=60e-6),
+    "im2col": Efficiency(product=0.75, transform=1.0, depthwise=0.0, call_s=60e-6),
+    "winograd": Efficiency(product=0.75, transform=0.30, depthwise=0.0, call_s=60e-6),
+    "fft": Efficiency(product=0.65, transform=0.25, depthwise=0.10, call_s=80e-6),
 }
-"""Of Windlass's own families, for wide convolutions."""
+"""Of Windlass's own families."""
 
 TORCH_CALL_S = 15e-6
 WIDE_KERNEL = 14
@@ -116,10 +123,11 @@ def predicted_s(
         compute_s = work.product_flops / (machine.peak_flops * rate)
     else:
         rates = EFFICIENCIES[family]
-        call_s = rates.call_s
-        narrow = 1.0 if shape.is_depthwise else _lane_share(direction, shape)
-        compute_s = work.product_flops / (machine.peak_flops * rates.product * narrow)
+        own_kernels = shape.is_depthwise and rates.depthwise > 0
+        share = rates.depthwise if own_kernels else rates.product * _lane_share(direction, shape)
+        compute_s = work.product_flops / (machine.peak_flops * share)
         compute_s += work.transform_flops / (machine.peak_flops * rates.transform)
+        call_s = rates.call_s * (1 if own_kernels or family == "direct" else shape.groups)
     return max(compute_s, work.num_bytes / machine.bytes_per_s) + call_s
 
 
@@ -182,9 +190,9 @@ def _winograd(entry: ConvAlgorithm, direction: Direction, shape: ConvShape) -> W
     tiles = num_tiles(shape, direction, outputs=entry.tile)
     product = 2.0 * alpha**2 * tiles * shape.group_in * shape.out_channels
     slots = _SLOTS.get(alpha, alpha**2 // 3)
-    images = 2 * alpha * shape.in_channels + (alpha + entry.tile) * shape.out_channels
+    images = 2 * alpha * _lanes(shape.group_in) + (alpha + entry.tile) * _lanes(shape.group_out)
     filters = (alpha + shape.kernel[0]) * shape.group_in * shape.out_channels
-    transforms = 2.0 * slots * (tiles * images + filters)
+    transforms = 2.0 * slots * (tiles * shape.groups * images + filters)
     return Work(product, transforms, tensor_bytes(shape) + _spilled(alpha**2 * shape.group_in * shape.out_channels))
 
 
@@ -194,7 +202,9 @@ def _fft(entry: ConvAlgorithm, direction: Direction, shape: ConvShape) -> Work:
     extent = max(d * (k - 1) + 1 for d, k in zip(shape.dilation, shape.kernel, strict=True))
     tiles = num_tiles(shape, direction, outputs=size - extent + 1)
     pairs = shape.group_in * shape.out_channels
-    transforms = tiles * (shape.in_channels + shape.out_channels) + pairs
+    transforms = tiles * shape.groups * (_lanes(shape.group_in) + _lanes(shape.group_out)) + pairs
+    if shape.is_depthwise:
+        transforms = tiles * (_lanes(shape.in_channels) + _lanes(shape.out_channels)) + _lanes(pairs)
     return Work(
         4.0 * size**2 * tiles * pairs,
         2.5 * size**2 * math.log2(size**2) * transforms,
@@ -224,7 +234,12 @@ def _matrix_bytes(shape: ConvShape) -> int:
 def _lane_share(direction: Direction, shape: ConvShape) -> float:
     """Share of the vector lanes that carry channels: those of the output, of the input for its gradient."""
     channels = shape.group_in if direction == "input" else shape.group_out
-    return channels / (LANES * math.ceil(channels / LANES))
+    return channels / _lanes(channels)
+
+
+def _lanes(channels: int) -> int:
+    """Channels with those that fill the last vector up: all cost the same."""
+    return LANES * math.ceil(channels / LANES)
 
 
 def _useful(shape: ConvShape, axis: int) -> float:
