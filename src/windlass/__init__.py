@@ -1,23 +1,28 @@
 """Windlass trains convolutional networks fast, with every lever behind one plan."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from windlass.config import TrainConfig
+from windlass.engine.memory import keep_freed_memory
 from windlass.plan.plan import Plan
 from windlass.train import Result, train
 
 if TYPE_CHECKING:
+    from windlass import functional, layers
     from windlass.tuning.accelerate import accelerate
 
-__all__ = ["Plan", "Result", "TrainConfig", "accelerate", "train"]
+__all__ = ["Plan", "Result", "TrainConfig", "accelerate", "functional", "keep_freed_memory", "layers", "train"]
 
 
 def __getattr__(name: str) -> object:
-    """`accelerate` brings PyTorch, which takes a second: it comes when it is asked for."""
+    """What brings PyTorch, which takes a second, comes when it is asked for."""
     if name == "accelerate":
         from windlass.tuning.accelerate import accelerate
 
         return accelerate
+    if name in ("functional", "layers"):
+        return import_module(f"windlass.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from windlass.plan.convolution import ConvShape, Direction, candidates
 from windlass.tuning.cache import TimesCache
 from windlass.tuning.convolution import Tuner
-from windlass.tuning.cost import Machine
+from windlass.tuning.cost import Machine, predicted_s
 from windlass.tuning.results import ConvCase, LayerTuning, Settings
 from windlass.tuning.timing import Action, Effort, interleave
 
@@ -29,6 +29,8 @@ TORCH_LAST, TORCH_NCHW, FFT_CONV = "PyTorch channels_last", "PyTorch NCHW", "fft
 RIVALS = (TORCH_LAST, TORCH_NCHW, FFT_CONV)
 """Who Windlass is measured beside."""
 
+LONGEST_S = 20.0
+"""PyTorch in channels_last is left out where one call is predicted to take longer; NCHW is the measure then."""
 MAX_SPECTRUM_BYTES = 2 << 30
 """fft-conv-pytorch is left out where the spectrum of the weights alone would be larger."""
 ERROR_SIDE = 64
@@ -51,7 +53,8 @@ class ConvRow:
         share: of the machine's measured peak.
         error: relative L2 error; NaN where it was not computed.
         is_auto: whether the chooser takes it.
-        speedup, speedup_low, speedup_high: PyTorch's channels_last time over this one, median and quartiles.
+        speedup, speedup_low, speedup_high: the time of `baseline` over this one, median and quartiles.
+        baseline: PyTorch in channels_last, or NCHW where that was left out.
     """
 
     case: str
@@ -70,6 +73,7 @@ class ConvRow:
     speedup: float
     speedup_low: float
     speedup_high: float
+    baseline: str = TORCH_LAST
 
 
 OnTurn = Callable[[str], None]
@@ -147,7 +151,8 @@ def _measure(
     name: str, case: ConvCase, direction: Direction, *, settings: Settings, machine: Machine, turns: int
 ) -> list[ConvRow]:
     effort = Effort(min_rounds=turns, max_rounds=turns, budget_s=math.inf, hopeless=10.0)
-    samples = interleave(_actions(case, direction, settings), effort=effort)
+    rivals = _actions(case, direction, settings, machine=machine)
+    samples = interleave(rivals, effort=effort)
     errors = _errors(case, direction, list(samples))
     medians = {by: statistics.median(seconds) for by, seconds in samples.items()}
     chosen = _auto(name, case, direction, settings=settings, machine=machine, medians=medians)
@@ -162,7 +167,8 @@ def _row(
     machine: Machine, error: float, is_auto: bool,
 ) -> ConvRow:  # fmt: skip
     low, median, high = quartiles(samples[by])
-    ratios = [theirs / ours for theirs, ours in zip(samples[TORCH_LAST], samples[by], strict=False)]
+    baseline = TORCH_LAST if TORCH_LAST in samples else TORCH_NCHW
+    ratios = [theirs / ours for theirs, ours in zip(samples[baseline], samples[by], strict=False)]
     speedup_low, speedup, speedup_high = quartiles(ratios)
     return ConvRow(
         case=name,
@@ -181,6 +187,7 @@ def _row(
         speedup=speedup,
         speedup_low=speedup_low,
         speedup_high=speedup_high,
+        baseline=baseline,
     )
 
 
@@ -197,7 +204,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def geometric_means(rows: Sequence[ConvRow]) -> dict[tuple[Direction, str], float]:
-    """The geometric mean of the speed-ups over PyTorch's channels_last, by direction and who computes.
+    """The geometric mean of the speed-ups over PyTorch's, by direction and who computes.
 
     ``auto`` is the chooser's pick.  Who does not compute every case in a direction has no mean there.
     """
@@ -206,7 +213,7 @@ def geometric_means(rows: Sequence[ConvRow]) -> dict[tuple[Direction, str], floa
         names = [row.by, "auto"] if row.is_auto else [row.by]
         for by in names:
             found.setdefault((row.direction, by), []).append(row.speedup)
-    most = {direction: len(values) for (direction, by), values in found.items() if by == TORCH_LAST}
+    most = {direction: len(values) for (direction, by), values in found.items() if by == "auto"}
     return {
         (direction, by): statistics.geometric_mean(values)
         for (direction, by), values in found.items()
@@ -230,8 +237,11 @@ def rows_to_json(rows: Sequence[ConvRow], machine: Mapping[str, Any], *, notes: 
 def notes() -> list[str]:
     """What a reader must know of the rivals."""
     if importlib.util.find_spec("fft_conv_pytorch") is None:
-        return ["fft-conv-pytorch is not installed: left out (pip install fft-conv-pytorch)"]
-    return ["fft-conv-pytorch is left out where it fails, or where the spectrum of the weights exceeds 2 GiB"]
+        lines = ["fft-conv-pytorch is not installed: left out (pip install fft-conv-pytorch)"]
+    else:
+        lines = ["fft-conv-pytorch is left out where it fails, or where the spectrum of the weights exceeds 2 GiB"]
+    limit = f"{LONGEST_S:.0f} s"
+    return [*lines, f"times PyTorch: in channels_last, but in NCHW where that is predicted to take over {limit} a call"]
 
 
 def _case(shape: ConvShape) -> ConvCase:
@@ -242,17 +252,20 @@ def _names(case: ConvCase, settings: Settings) -> list[str]:
     return [a.name for a in candidates(case.shape, accuracy=settings.accuracy) if a.family != "torch"]
 
 
-def _actions(case: ConvCase, direction: Direction, settings: Settings) -> dict[str, Action]:
+def _actions(case: ConvCase, direction: Direction, settings: Settings, *, machine: Machine) -> dict[str, Action]:
     from windlass.tuning.calls import CaseRunner
 
     last, plain = CaseRunner(case), CaseRunner(_nchw(case))
-    actions: dict[str, Action] = {
-        TORCH_LAST: last.runner("torch", direction),
-        TORCH_NCHW: plain.runner("torch", direction),
-    }
+    actions: dict[str, Action] = {}
+    if predicted_s("torch", direction, case.shape, machine=machine) < LONGEST_S:
+        actions[TORCH_LAST] = last.runner("torch", direction)
+    actions[TORCH_NCHW] = plain.runner("torch", direction)
     if _fft_conv_takes(case.shape):
         actions |= _working({FFT_CONV: _fft_conv(case, direction)})
-    return actions | {name: last.runner(name, direction) for name in _names(case, settings)}
+    for name in _names(case, settings):
+        actions[name] = last.runner(name, direction)
+        actions[name]()  # compiles
+    return actions
 
 
 def _working(actions: dict[str, Action]) -> dict[str, Action]:
@@ -332,7 +345,10 @@ def _auto(
     """What the chooser takes, given the times that were measured here."""
     from windlass.kernels import convolve
 
-    known = {"torch": medians[TORCH_LAST], **{by: seconds for by, seconds in medians.items() if by not in RIVALS}}
+    known = {
+        "torch": medians.get(TORCH_LAST, math.inf),
+        **{by: seconds for by, seconds in medians.items() if by not in RIVALS},
+    }
     tuner = Tuner(
         settings=settings,
         machine=machine,

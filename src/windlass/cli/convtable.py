@@ -61,10 +61,10 @@ def _mean_lines(rows: Sequence[ConvRow]) -> Iterator[str]:
     means = geometric_means(rows)
     yield ""
     for direction in dict.fromkeys(row.direction for row in rows):
-        others = {by: mean for (of, by), mean in means.items() if of == direction and by not in ("auto", TORCH_LAST)}
+        others = {by: mean for (of, by), mean in means.items() if of == direction and by != "auto"}
         listed = ", ".join(f"{by} {mean:.2f}" for by, mean in sorted(others.items(), key=lambda item: -item[1]))
         auto = means[direction, "auto"]
-        yield f"{direction}: auto {auto:.2f} times as fast as PyTorch channels_last (geometric mean; {listed})"
+        yield f"{direction}: auto {auto:.2f} times as fast as PyTorch (geometric mean; {listed})"
 
 
 def _speed(row: ConvRow) -> list[str]:
@@ -73,6 +73,8 @@ def _speed(row: ConvRow) -> list[str]:
 
 
 def _times(row: ConvRow) -> str:
+    if row.baseline != TORCH_LAST:
+        return f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f}), NCHW"
     return f"{row.speedup:.2f} ({row.speedup_low:.2f}–{row.speedup_high:.2f})"
 
 

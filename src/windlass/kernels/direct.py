@@ -26,7 +26,7 @@ from windlass.kernels.emit import flat
 from windlass.kernels.jit import LANES, TILE_COLUMNS, TILE_ROWS, kernel
 from windlass.kernels.parts import Parts, parts_of, sum_task, sum_tasks
 from windlass.kernels.pixels import fetch_pixels, rows_in, rows_out
-from windlass.kernels.runs import GROUP, accumulate
+from windlass.kernels.runs import GROUP, accumulate, accumulate_rows
 from windlass.kernels.taps import (
     TapConv,
     adjoint_taps,
@@ -103,12 +103,11 @@ def product_task(task, thread, x, image, y, target, g, phases, table, packed, bi
                 below = start + ((i - i0) * g.spread_h + phase.row) * out_h + phase.col * out_w
                 for t in range(tiles):
                     j = t * count_j // tiles
-                    accumulate("rows", (t + 1) * count_j // tiles - j, blocks, source, line + j * row,
-                               row, GROUP * row, 1, table, phase.table + first, count, phase.depth,
-                               packed, weights + (phase.weights + first * phase.depth) * width,
-                               bias, group * g.outputs + k, 0, floor,
-                               result, below + j * g.spread_w * out_w, g.spread_w * out_w, stream,
-                               x, 0, 0)  # fmt: skip
+                    accumulate_rows((t + 1) * count_j // tiles - j, blocks, source, line + j * row, row,
+                                    table, phase.table + first, count, phase.depth,
+                                    packed, weights + (phase.weights + first * phase.depth) * width,
+                                    bias, group * g.outputs + k, 0, floor,
+                                    result, below + j * g.spread_w * out_w, g.spread_w * out_w, stream)  # fmt: skip
         if not whole:
             rows_out(tile, thread * tile_size, cols * TILE_COLUMNS, TILE_COLUMNS, y, corner, target, rows, cols,
                      min(width, g.outputs - k))  # fmt: skip

@@ -24,7 +24,7 @@ from windlass.kernels.emit import flat
 from windlass.kernels.jit import LANES, TILE_COLUMNS, TILE_ROWS, kernel
 from windlass.kernels.parts import Parts, parts_of, sum_task, sum_tasks
 from windlass.kernels.pixels import copy, rows_in, rows_out
-from windlass.kernels.runs import GROUP, accumulate
+from windlass.kernels.runs import GROUP, accumulate, accumulate_rows
 from windlass.kernels.taps import (
     Table,
     TapConv,
@@ -126,13 +126,14 @@ def product_task(task, thread, x, image, y, target, g, phases, table, chunk, pit
                     for t in range(tiles):
                         j = t * line // tiles
                         place = below + j * g.spread_w * out_w
-                        accumulate("rows", (t + 1) * line // tiles - j, blocks,
-                                   patches, patches_at + (q * line + j) * pitch, pitch, GROUP * pitch, 1,
-                                   table, table.size - 1, min(1, count), count * phase.depth, packed, weights,
-                                   bias if first == 0 else result, group * g.outputs + k if first == 0 else place,
-                                   0 if first == 0 else g.spread_w * out_w, floor if last else np.float32(-np.inf),
-                                   result, place, g.spread_w * out_w,
-                                   g.stream if whole and runs <= chunk else 0, buf, 0, 0)  # fmt: skip
+                        accumulate_rows((t + 1) * line // tiles - j, blocks,
+                                        patches, patches_at + (q * line + j) * pitch, pitch,
+                                        table, table.size - 1, min(1, count), count * phase.depth, packed, weights,
+                                        bias if first == 0 else result,
+                                        group * g.outputs + k if first == 0 else place,
+                                        0 if first == 0 else g.spread_w * out_w,
+                                        floor if last else np.float32(-np.inf), result, place, g.spread_w * out_w,
+                                        g.stream if whole and runs <= chunk else 0)  # fmt: skip
     for k in range(first_k, last_k, TILE_COLUMNS):
         if target.c != 1 or g.outputs - k < (min(TILE_COLUMNS, g.outputs - k) + LANES - 1) // LANES * LANES:
             for m in range(images):

@@ -59,8 +59,12 @@ def kernel(function: Function, *, key: tuple[int, ...] = ()) -> Function:
     # Numba has no public way to say on what cached code depends, and would not know a closure over kernels again
     # in another process.  Where these attributes are gone, its own ways remain: right, but compiled more often.
     cache: Any = getattr(compiled, "_cache", None)
-    if hasattr(getattr(cache, "_cache_file", None), "_source_stamp") and hasattr(cache, "_index_key"):
-        cache._cache_file._source_stamp = STAMP
+    files: Any = getattr(cache, "_cache_file", None)
+    if all(hasattr(files, name) for name in ("_source_stamp", "_index_path", "_data_name_pattern")):
+        files._source_stamp = STAMP
+        # Files of their own for every stamp: an old index may name classes that are gone, and not even load.
+        files._index_path = files._index_path.removesuffix(".nbi") + f".{STAMP[:12]}.nbi"
+        files._data_name_pattern = f"{STAMP[:12]}." + files._data_name_pattern
         cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
     return compiled  # type: ignore[no-any-return]
 

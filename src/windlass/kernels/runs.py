@@ -28,11 +28,14 @@ from numba.extending import intrinsic
 
 from windlass.kernels import emit
 from windlass.kernels.gemm import UNROLL, _loop_or_skip, _opaque
-from windlass.kernels.jit import DISABLED, LANES, TILE_BLOCKS, TILE_ROWS
+from windlass.kernels.jit import DISABLED, LANES, TILE_BLOCKS, TILE_ROWS, kernel
 
 GROUP = 3
 """Rows that share a pointer: x86 can address a pointer plus 0, 1 or 2 strides."""
 
+
+LONGEST = 384
+"""Steps that are summed in one go: a sum's error grows with its length, so a long one is a sum of pieces."""
 
 OUTER_BLOCKS = (1, 2, 4, 8)
 """Vectors of B in tiles of the kind "outer"."""
@@ -230,3 +233,26 @@ the same for all, as a bias); so does C.  With `stream` 1 the result goes past t
 ahead[ahead_at] on, `ahead_step` apart: the next block's pixels arrive while this one is multiplied.  Any address
 will do.
 """
+
+
+@kernel
+def accumulate_rows(rows, blocks, a, a_at, a_row, table, first, count, depth, b, b_at, start, start_at, start_row,
+                    floor, c, c_at, c_row, stream):  # fmt: skip
+    """`accumulate` of the kind "rows", in pieces of at most about LONGEST steps that C gathers."""
+    at_once = max(1, LONGEST // max(1, depth))
+    run, k = 0, 0
+    while True:
+        runs = min(at_once, count - run)
+        steps = min(LONGEST, depth - k) if depth > LONGEST else depth
+        next_run, next_k = run + runs, 0
+        if k + steps < depth:
+            next_run, next_k = run, k + steps
+        fresh, done = run == 0 and k == 0, next_run >= count
+        accumulate("rows", rows, blocks, a, a_at + k, a_row, GROUP * a_row, 1, table, first + run, runs, steps,
+                   b, b_at + (run * depth + k) * blocks * LANES,
+                   start if fresh else c, start_at if fresh else c_at, start_row if fresh else c_row,
+                   floor if done else np.float32(-np.inf), c, c_at, c_row, stream if done else 0,
+                   c, 0, 0)  # fmt: skip
+        if done:
+            break
+        run, k = next_run, next_k

@@ -1,6 +1,6 @@
 """Chooses the algorithms of convolutions: by domain and accuracy, by the cost model, then by measuring.
 
-PyTorch's own kernel always takes part, and it wins ties: another algorithm must be faster by `MARGIN`.  What the
+PyTorch's own kernel takes part, and it wins ties: another algorithm must be faster by `MARGIN`.  What the
 model takes for much slower than PyTorch's, or than another, is not measured.  Times are kept (`tuning.cache`).
 """
 
@@ -26,6 +26,9 @@ HOPELESS = 1.5
 """An algorithm predicted so many times slower than PyTorch's own is not measured."""
 BEHIND = 2.0
 """Nor is one predicted so many times slower than the best of Windlass's own."""
+SURE = 40.0
+"""PyTorch's own is not even measured where it is predicted so many times slower, and its rival keeps a quarter of
+that: its slowest kernels take minutes."""
 DETOUR_S = 40e-6
 """What a direction that stays PyTorch's pays for going through Windlass's operator."""
 
@@ -107,11 +110,14 @@ class Tuner:
             return replace(row, reason=f"{others[0]} is predicted to take {times:.1f} times PyTorch's time")
         if self.settings.tune == "model":
             return decide(row, {a: predicted[a] for a in ("torch", *worth)}, margin=MODEL_MARGIN)
-        measured: dict[str, float] = dict.fromkeys(("torch", *worth), 0.0)
-        for case, count in cases.items():
-            seconds = self._measured(name, direction, case, tuple(measured))
-            # One that failed in some call is none to choose.
-            measured = {a: total + count * seconds[a] for a, total in measured.items() if a in seconds}
+        if predicted["torch"] > SURE * predicted[worth[0]]:
+            alone = self._measured(name, direction, cases, worth)
+            best = min(alone, key=lambda a: alone[a], default="")
+            if best and predicted["torch"] * 4 > SURE * alone[best]:
+                times = predicted["torch"] / alone[best]
+                said = f"PyTorch's is predicted to take {times:.0f} times its time, and was not measured"
+                return replace(row, algorithm=best, measured=alone, reason=said)
+        measured = self._measured(name, direction, cases, ["torch", *worth])
         return decide(replace(row, measured=measured), measured, margin=MARGIN)
 
     def _possible(self, direction: Direction, cases: list[ConvCase]) -> tuple[list[str], dict[str, str]]:
@@ -133,14 +139,18 @@ class Tuner:
         )
 
     def _measured(
-        self, name: str, direction: Direction, case: ConvCase, algorithms: tuple[str, ...]
+        self, name: str, direction: Direction, cases: Mapping[ConvCase, int], algorithms: Sequence[str]
     ) -> dict[str, float]:
-        known = self.cache.get(case.key, direction)
-        if not set(algorithms) <= set(known):
-            self._tell(name, direction)
-            known = self.measure(case, direction, algorithms)
-            self.cache.put(case.key, direction, known)
-        return known
+        """Seconds of all cases together; one that failed in some case is left out."""
+        total = dict.fromkeys(algorithms, 0.0)
+        for case, count in cases.items():
+            known = self.cache.get(case.key, direction)
+            if not set(algorithms) <= set(known):
+                self._tell(name, direction)
+                known = self.measure(case, direction, algorithms)
+                self.cache.put(case.key, direction, known)
+            total = {a: seconds + count * known[a] for a, seconds in total.items() if a in known}
+        return total
 
     def _tell(self, name: str, direction: str) -> None:
         event = {"kind": "tuning", "layer": name, "direction": direction, "done": self._done, "total": self._total}
@@ -248,12 +258,13 @@ def real_measure(*, threads: int, effort: Effort | None = None, on_event: OnEven
                 runner = CaseRunner(case)
                 rivals: dict[str, Action] = {}
                 for name in algorithms:
+                    if name == "torch":
+                        rivals[name] = runner.runner(name, direction)
+                        continue
                     try:
                         action = runner.runner(name, direction)
-                        action()
+                        action()  # compiles
                     except Exception as error:
-                        if name == "torch":
-                            raise
                         message = f"{name} fails on {case.shape}, {direction}: {type(error).__name__}: {error}"
                         on_event({"kind": "warning", "message": " ".join(message.split())})
                     else:

@@ -99,7 +99,7 @@ class DirectionTuning:
     @property
     def seconds(self) -> Mapping[str, float]:
         """The best knowledge there is: what was measured, else what was predicted."""
-        return self.measured or self.predicted
+        return {**self.predicted, **self.measured}
 
     def to_mapping(self) -> dict[str, object]:
         """For JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ class Effort:
         min_rounds, max_rounds: turns of every rival.
         budget_s: no further round is begun after so many seconds.
         sample_s: a turn repeats a short action until it has taken about so long.
-        hopeless: a rival this many times slower than the fastest drops out after its first turn; 0: none does.
+        hopeless: a rival this many times slower than the fastest, in a first call, has no further turn; 0: all have.
     """
 
     min_rounds: int = 3
@@ -32,22 +33,23 @@ class Effort:
 def interleave(
     rivals: Mapping[str, Action], *, effort: Effort, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of every rival's turns; the first call of each is a warm-up and does not count.
+    """Seconds of every rival's turns; what is compiled in a first call must have been called before.
 
-    Rounds rotate their order, so that none always runs behind the same other.
+    One more call of each tells how often a turn repeats it, and whether it is hopeless: then that call is its only
+    turn, as some are thousands of times slower.  Rounds rotate their order, so that none always runs behind the
+    same other.
     """
-    repeats = {name: _repeats(action, effort.sample_s, clock) for name, action in rivals.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    running = list(rivals)
+    once = {name: _turn(action, 1, clock) for name, action in rivals.items()}
+    limit = effort.hopeless * min(once.values()) if effort.hopeless else math.inf
+    running = [name for name in rivals if once[name] <= limit]
+    seconds: dict[str, list[float]] = {name: [] if name in running else [once[name]] for name in rivals}
+    repeats = {name: max(1, min(1000, round(effort.sample_s / max(once[name], 1e-7)))) for name in running}
     began = clock()
     for number in range(effort.max_rounds):
         if number >= effort.min_rounds and clock() - began > effort.budget_s:
             break
         for name in _rotated(running, number):
             seconds[name].append(_turn(rivals[name], repeats[name], clock))
-        if number == 0 and effort.hopeless:
-            fastest = min(samples[0] for samples in seconds.values())
-            running = [name for name in running if seconds[name][0] <= effort.hopeless * fastest]
     return seconds
 
 
@@ -61,13 +63,6 @@ def _turn(action: Action, repeats: int, clock: Clock) -> float:
     for _ in range(repeats):
         action()
     return (clock() - started) / repeats
-
-
-def _repeats(action: Action, sample_s: float, clock: Clock) -> int:
-    """Warms up (kernels are compiled in their first call), then tells how often one turn calls."""
-    action()
-    once = _turn(action, 1, clock)
-    return max(1, min(1000, round(sample_s / max(once, 1e-7))))
 
 
 def _rotated(names: list[str], number: int) -> list[str]:
