@@ -35,6 +35,8 @@ MAX_SPECTRUM_BYTES = 2 << 30
 """fft-conv-pytorch is left out where the spectrum of the weights alone would be larger."""
 ERROR_SIDE = 64
 """Errors are of images cut to this side."""
+MAX_ERROR_S = 2.0
+"""Nor is that of who takes longer than this for the whole."""
 MAX_ERROR_MACS = 2e10
 """No error is computed for more multiply-adds in float64."""
 
@@ -153,8 +155,9 @@ def _measure(
     effort = Effort(min_rounds=turns, max_rounds=turns, budget_s=math.inf, hopeless=10.0)
     rivals = _actions(case, direction, settings, machine=machine)
     samples = interleave(rivals, effort=effort)
-    errors = _errors(case, direction, list(samples))
     medians = {by: statistics.median(seconds) for by, seconds in samples.items()}
+    errors = dict.fromkeys(samples, math.nan)
+    errors |= _errors(case, direction, [by for by, seconds in medians.items() if seconds < MAX_ERROR_S])
     chosen = _auto(name, case, direction, settings=settings, machine=machine, medians=medians)
     return [
         _row(name, case, direction, by, samples, machine=machine, error=errors[by], is_auto=by == chosen)
