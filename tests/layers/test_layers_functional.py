@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +44,9 @@ def seeded() -> Iterator[None]:
 def operator_case() -> Any:
     # PyTorch's test utilities import it; it is no part of PyTorch.
     pytest.importorskip("expecttest")
-    from torch.testing._internal.common_methods_invocations import op_db
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Fail to import hypothesis", ImportWarning)  # no part of PyTorch either
+        from torch.testing._internal.common_methods_invocations import op_db
 
     return next(case for case in op_db if case.name == "nn.functional.conv2d")
 
