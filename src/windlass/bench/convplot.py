@@ -135,7 +135,7 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
     finally:
         pyplot.close(figure)
 
