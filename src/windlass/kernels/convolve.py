@@ -7,7 +7,6 @@ Results are written in whole, into `y`, `dx` or `dw`.  `threads` threads work; t
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -31,27 +30,16 @@ MODULES = {
 
 def forward(
     algorithm: str, x: Array, w: Array, bias: Array | None, y: Array, *, shape: ConvShape, threads: int,
-    relu: bool = False, weights_key: Hashable | None = None,
+    relu: bool = False,
 ) -> None:  # fmt: skip
-    """Writes y = conv(x, w) + bias, and max(y, 0) with `relu`; NaN stays NaN.
-
-    `weights_key` names the weights' present values: equal keys promise equal weights, so that what was computed
-    from them (their spectra) may serve again.  None promises nothing.
-    """
+    """Writes y = conv(x, w) + bias, and max(y, 0) with `relu`; NaN stays NaN."""
     module, options = _kernel(algorithm, shape)
-    if _reuses(algorithm):
-        options["weights_key"] = weights_key
     module.forward(x, w, bias, y, shape=shape, threads=threads, relu=relu, **options)
 
 
-def backward_input(
-    algorithm: str, dy: Array, w: Array, dx: Array, *, shape: ConvShape, threads: int,
-    weights_key: Hashable | None = None,
-) -> None:  # fmt: skip
+def backward_input(algorithm: str, dy: Array, w: Array, dx: Array, *, shape: ConvShape, threads: int) -> None:
     """Writes the gradient of the input."""
     module, options = _kernel(algorithm, shape)
-    if _reuses(algorithm):
-        options["weights_key"] = weights_key
     module.backward_input(dy, w, dx, shape=shape, threads=threads, **options)
 
 
@@ -73,10 +61,6 @@ def _algorithm(name: str) -> ConvAlgorithm:
     if name not in CONV_ALGORITHMS:
         raise ConfigError(unknown("convolution algorithm", name, CONV_ALGORITHMS))
     return CONV_ALGORITHMS[name]
-
-
-def _reuses(name: str) -> bool:
-    return CONV_ALGORITHMS[name].family == "fft"
 
 
 @cache

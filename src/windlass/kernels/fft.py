@@ -22,8 +22,6 @@ summed in the order of the tiles.  Bits depend neither on blocks nor on threads.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import numpy as np
 import numpy.typing as npt
 
@@ -57,7 +55,7 @@ CACHE_BYTES = 8 << 20
 
 def forward(
     x: Array, w: Array, bias: Array | None, y: Array, *, shape: ConvShape, tile: int, threads: int,
-    relu: bool = False, weights_key: Hashable | None = None,
+    relu: bool = False,
 ) -> None:  # fmt: skip
     """Writes `y` = conv(x, w) + bias, and max(y, 0) with `relu`; NaN stays NaN.
 
@@ -70,8 +68,6 @@ def forward(
         tile: n; larger than the filter.
         threads: how many work.
         relu: whether negative results become 0.
-        weights_key: not used.  The two directions want the filters' spectra in different orders, and where they
-            are small enough to keep, making them takes a few hundredths of the time.
 
     Raises:
         ConfigError: the stride is not 1, or the filter not smaller than the tile.
@@ -91,10 +87,7 @@ def forward(
         y[...] = out
 
 
-def backward_input(
-    dy: Array, w: Array, dx: Array, *, shape: ConvShape, tile: int, threads: int,
-    weights_key: Hashable | None = None,
-) -> None:  # fmt: skip
+def backward_input(dy: Array, w: Array, dx: Array, *, shape: ConvShape, tile: int, threads: int) -> None:
     """Writes the gradient of the input; arguments as for `forward`."""
     g = geometry(shape, tile, turned=True)
     if not dx.size:
