@@ -67,5 +67,21 @@ def test_the_budget_ends_it_after_the_least_rounds() -> None:
         assert len(interleave({"a": clock.rival("a", seconds)}, effort=effort, clock=clock)["a"]) == rounds
 
 
+def test_scattered_samples_are_measured_on_until_they_agree() -> None:
+    clock = Clock()
+    effort = Effort(min_rounds=3, max_rounds=50, budget_s=2.5, patience_s=100.0)
+    burst = clock.rival("a", 1.0, 1.0, 4.0, 4.0, 4.0, *[1.0] * 40)
+    found = interleave({"a": burst}, effort=effort, clock=clock)["a"]
+    assert medians({"a": found}) == {"a": 1.0}
+    assert len(found) == 13, "when the quiet ones reach to the upper quartile"
+
+
+def test_patience_ends() -> None:
+    clock = Clock()
+    effort = Effort(min_rounds=3, max_rounds=50, budget_s=2.5, patience_s=20.0)
+    found = interleave({"a": clock.rival("a", *[1.0, 4.0] * 30)}, effort=effort, clock=clock)["a"]
+    assert 20.0 / 4 < len(found) < 20.0
+
+
 def test_medians_are_of_those_that_ran() -> None:
     assert medians({"a": [3.0, 1.0, 2.0], "b": [4.0], "c": []}) == {"a": 2.0, "b": 4.0}

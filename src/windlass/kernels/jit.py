@@ -10,7 +10,9 @@ Nothing is contracted or reordered by the compiler (no fastmath): what is fused 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,16 +30,25 @@ LANES = 16
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _stamp() -> str:
-    package = Path(__file__).parent.parent
+@cache
+def stamp(folder: Path) -> str:
+    """Digest of everything that the compiled kernels of this folder are made of.
+
+    That is its files, those of the folders above it down from this file's, and what these import of `windlass.plan`.
+    """
+    here = Path(__file__).parent
+    folders = [here, *(inner for inner in (folder, *folder.parents) if here in inner.parents)]
+    files = {path for some in folders for path in some.glob("*.py")}
+    waiting = list(files)
+    while waiting:
+        named = re.findall(r"^\s*from windlass\.plan\.(\w+) import", waiting.pop().read_text(), flags=re.MULTILINE)
+        plans = {here.parent / "plan" / f"{name}.py" for name in named} - files
+        files |= plans
+        waiting += plans
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted([*package.glob("kernels/*.py"), *package.glob("plan/*.py")]):
+    for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-STAMP = _stamp()
-"""Digest of everything that compiled kernels are made of."""
 
 
 def kernel(function: Function, *, key: tuple[int, ...] = ()) -> Function:
@@ -58,14 +69,14 @@ def kernel(function: Function, *, key: tuple[int, ...] = ()) -> Function:
     compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
     # Numba has no public way to say on what cached code depends, and would not know a closure over kernels again
     # in another process.  Where these attributes are gone, its own ways remain: right, but compiled more often.
-    cache: Any = getattr(compiled, "_cache", None)
-    files: Any = getattr(cache, "_cache_file", None)
+    kept: Any = getattr(compiled, "_cache", None)
+    files: Any = getattr(kept, "_cache_file", None)
     if all(hasattr(files, name) for name in ("_source_stamp", "_index_path", "_data_name_pattern")):
-        files._source_stamp = STAMP
+        files._source_stamp = stamp(Path(function.__code__.co_filename).parent)
         # Files of their own for every stamp: an old index may name classes that are gone, and not even load.
-        files._index_path = files._index_path.removesuffix(".nbi") + f".{STAMP[:12]}.nbi"
-        files._data_name_pattern = f"{STAMP[:12]}." + files._data_name_pattern
-        cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
+        files._index_path = files._index_path.removesuffix(".nbi") + f".{files._source_stamp[:12]}.nbi"
+        files._data_name_pattern = f"{files._source_stamp[:12]}." + files._data_name_pattern
+        kept._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), key)
     return compiled  # type: ignore[no-any-return]
 
 

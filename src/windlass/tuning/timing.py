@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 Action = Callable[[], object]
@@ -18,7 +18,9 @@ class Effort:
 
     Attributes:
         min_rounds, max_rounds: turns of every rival.
-        budget_s: no further round is begun after so many seconds.
+        budget_s: no further round is begun after so many seconds, if samples agree.
+        scatter: they agree if half of a rival's lie within this share of their median.
+        patience_s: while they do not, rounds go on for so many seconds: other load passes.
         sample_s: a turn repeats a short action until it has taken about so long.
         hopeless: a rival this many times slower than the fastest, in a first call, has no further turn; 0: all have.
     """
@@ -26,6 +28,8 @@ class Effort:
     min_rounds: int = 3
     max_rounds: int = 15
     budget_s: float = 0.3
+    scatter: float = 0.1
+    patience_s: float = 3.0
     sample_s: float = 0.5e-3
     hopeless: float = 4.0
 
@@ -46,7 +50,7 @@ def interleave(
     repeats = {name: max(1, min(1000, round(effort.sample_s / max(once[name], 1e-7)))) for name in running}
     began = clock()
     for number in range(effort.max_rounds):
-        if number >= effort.min_rounds and clock() - began > effort.budget_s:
+        if number >= effort.min_rounds and clock() - began > _allowed_s(seconds.values(), effort):
             break
         for name in _rotated(running, number):
             seconds[name].append(_turn(rivals[name], repeats[name], clock))
@@ -56,6 +60,19 @@ def interleave(
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of every rival."""
     return {name: statistics.median(samples) for name, samples in seconds.items() if samples}
+
+
+def _allowed_s(samples: Iterable[list[float]], effort: Effort) -> float:
+    agree = all(_spread(some) <= effort.scatter for some in samples)
+    return effort.budget_s if agree else max(effort.budget_s, effort.patience_s)
+
+
+def _spread(samples: list[float]) -> float:
+    """The width of the middle half, as a share of the median; 0 for fewer than two."""
+    if len(samples) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return (high - low) / middle
 
 
 def _turn(action: Action, repeats: int, clock: Clock) -> float:
