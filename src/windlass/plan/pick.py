@@ -1,0 +1,76 @@
+"""Which algorithm sums a buffer of some size: what a plan, a person or a chooser says, in one short text.
+
+``library`` is the MPI library's own, ``shared`` goes through memory that the ranks of a host share, every other
+name is a schedule of `plan.collective`; ``pipelined-tree:16`` cuts into 16 pieces, ``hierarchical:ring`` names the
+schedule between hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from windlass.errors import ConfigError, unknown
+from windlass.plan.collective import SCHEDULES, Schedule, make_schedule
+
+LIBRARY, SHARED = "library", "shared"
+ALLREDUCE_NAMES: tuple[str, ...] = (LIBRARY, SHARED, *SCHEDULES["allreduce"])
+"""Names of everything that can sum a buffer."""
+ORDERED = (SHARED, *(name for name, algorithm in SCHEDULES["allreduce"].items() if algorithm.ordered))
+"""Those that add in the order of ranks, whatever the size: they all return the same bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """An algorithm of allreduce with its parameters.
+
+    Attributes:
+        algorithm: one of `ALLREDUCE_NAMES`.
+        pieces: chunks of a pipelined tree.
+        inner: schedule between hosts of a hierarchical one.
+        segment_bytes: longer messages travel in segments of so many bytes, so that adding overlaps; 0: whole.
+    """
+
+    algorithm: str
+    pieces: int = 8
+    inner: str = "ring"
+    segment_bytes: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pick:
+        """Reads what `str` writes.
+
+        Raises:
+            ConfigError: no such algorithm, or not such a parameter.
+
+        >>> Pick.parse("pipelined-tree:16").pieces, str(Pick("hierarchical", inner="rabenseifner"))
+        (16, 'hierarchical:rabenseifner')
+        """
+        name, _, parameter = text.partition(":")
+        if name not in ALLREDUCE_NAMES:
+            raise ConfigError(unknown("allreduce algorithm", name, ALLREDUCE_NAMES))
+        if not parameter:
+            return cls(name)
+        if name == "pipelined-tree" and parameter.isdigit() and int(parameter) > 0:
+            return cls(name, pieces=int(parameter))
+        if name == "hierarchical":
+            return cls(name, inner=cls._inner(parameter))
+        raise ConfigError(f"allreduce algorithm {text!r}: {parameter!r} is not a parameter of {name}")
+
+    @staticmethod
+    def _inner(name: str) -> str:
+        known = [other for other in SCHEDULES["allreduce"] if other != "hierarchical"]
+        if name not in known:
+            raise ConfigError(unknown("schedule between hosts", name, known))
+        return name
+
+    def __str__(self) -> str:
+        """As a plan and a person write it."""
+        if self.algorithm == "pipelined-tree":
+            return f"{self.algorithm}:{self.pieces}"
+        return f"{self.algorithm}:{self.inner}" if self.algorithm == "hierarchical" else self.algorithm
+
+    def schedule(self, size: int, hosts: Sequence[Sequence[int]] = ()) -> Schedule:
+        """The schedule for so many ranks on these hosts; that of ``shared`` is ``direct``."""
+        name = "direct" if self.algorithm == SHARED else self.algorithm
+        return make_schedule("allreduce", name, size, pieces=self.pieces, hosts=hosts, inner=self.inner)
