@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from windlass.engine.schedule_run import Places, Scratch, ScheduleRun
+from windlass.engine.schedule_run import Places, ScheduleRun, Scratch
 from windlass.engine.shared_memory import SharedAllreduce, SharedRequest
-from windlass.errors import ConfigError
+from windlass.errors import ConfigError, LostRankError
 from windlass.kernels.collective.combine import OPS, STORAGE, divide
 from windlass.plan.collective import Schedule, make_schedule
 from windlass.plan.pick import LIBRARY, ORDERED, SHARED, Pick
@@ -31,6 +31,8 @@ SLEEP_S = 30e-6
 SMALL_BYTES = 8 << 10
 """Up to here the library's own is faster than anything that is driven from Python."""
 NUM_TAGS = 1 << 14
+CHECK_S = 2e-3
+"""Seconds between two looks at the other ranks while one waits."""
 
 Chooser = Callable[[int], Pick]
 """The algorithm for a buffer of so many bytes."""
@@ -62,20 +64,28 @@ class _Done:
 DONE = _Done()
 
 
-def wait_politely(test: Callable[[], bool], *, spins: int = NUM_SPINS) -> None:
-    """Returns when `test` does; sleeps between tests when it takes long."""
+def wait_politely(
+    test: Callable[[], bool], *, spins: int = NUM_SPINS, watch: Callable[[float], None] | None = None
+) -> None:
+    """Returns when `test` does; sleeps between tests when it takes long, and tells `watch` for how many seconds."""
     for _ in range(spins):
         if test():
             return
+    began = time.monotonic()
     while not test():
         time.sleep(SLEEP_S)
+        if watch is not None:
+            watch(time.monotonic() - began)
 
 
 class _Running:
     """A schedule or a request of the library under way, and what remains to be done at its end."""
 
-    def __init__(self, test: Callable[[], bool], *, spins: int, finish: Callable[[], None] | None = None) -> None:
-        self._test, self._finish, self._spins = test, finish, spins
+    def __init__(
+        self, test: Callable[[], bool], *, spins: int, watch: Callable[[float], None],
+        finish: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._test, self._finish, self._spins, self._watch = test, finish, spins, watch
         self._done = False
 
     def test(self) -> bool:
@@ -86,7 +96,7 @@ class _Running:
         return self._done
 
     def wait(self) -> None:
-        wait_politely(self.test, spins=self._spins)
+        wait_politely(self.test, spins=self._spins, watch=self._watch)
 
 
 class Collectives:
@@ -97,6 +107,8 @@ class Collectives:
         choose: the algorithm of allreduce by size; None: `default_choice`.
         fixed_order: sums are made in the order of ranks whatever the size, so that bits depend on nothing else.
         piece_bytes: of the shared memory (`engine.shared_memory`).
+        timeout_s: a rank that has waited so long for others names them in an error; 0: it waits for ever.
+        check: called every few milliseconds while a rank waits; may raise, as when another rank has died.
 
     Attributes:
         rank, size: this rank and how many there are.
@@ -105,14 +117,15 @@ class Collectives:
     """
 
     def __init__(
-        self, comm: MPI.Comm, *, choose: Chooser | None = None, fixed_order: bool = False, piece_bytes: int = 0
-    ) -> None:
+        self, comm: MPI.Intracomm, *, choose: Chooser | None = None, fixed_order: bool = False, piece_bytes: int = 0,
+        timeout_s: float = 0.0, check: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         from mpi4py import MPI
 
         self._mpi = MPI
         self._comm = comm.Dup()
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        host_comm: Any = comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
         members = host_comm.allgather(self.rank)
         self.hosts: tuple[tuple[int, ...], ...] = tuple(sorted({tuple(host) for host in comm.allgather(members)}))
         self.crowded = any(comm.allgather(len(members) > len(os.sched_getaffinity(0))))
@@ -120,7 +133,10 @@ class Collectives:
         self.shared: SharedAllreduce | None = None
         if len(self.hosts) == 1 and self.size > 1:
             self.shared = SharedAllreduce(host_comm, **({"piece_bytes": piece_bytes} if piece_bytes else {}))
+            self.shared.watch = self._watch
         host_comm.Free()
+        self._names: list[str] = comm.allgather(MPI.Get_processor_name())
+        self._timeout_s, self._check_others, self._checked_s = timeout_s, check, 0.0
         self.fixed_order = fixed_order
         self.choose = choose or self.default_choice
         self.bytes_sent = 0
@@ -152,7 +168,8 @@ class Collectives:
         """Starts combining `send` of all ranks into `receive`; 1-D, contiguous, and perhaps the same array.
 
         Args:
-            send, receive: of one length everywhere, stored as `kernels.collective.combine.STORAGE` says.
+            send: of one length everywhere, stored as `kernels.collective.combine.STORAGE` says.
+            receive: where the result goes, of that length and type.
             dtype: what the numbers are.
             op: ``sum``, ``mean`` (the sum, divided once), ``max``, ``min`` or ``prod``.
             pick: the algorithm; None: the chooser's.
@@ -163,6 +180,8 @@ class Collectives:
         mean = op == "mean"
         op = "sum" if mean else op
         pick = pick or self.choose(send.nbytes)
+        if send.dtype == np.float16:
+            send, receive = send.view(np.uint16), receive.view(np.uint16)
         self._check(pick, send, dtype, op)
         if self.size == 1 or not send.size:
             _copy(send, receive)
@@ -202,7 +221,25 @@ class Collectives:
         sent = self._mpi.IN_PLACE if send.ctypes.data == receive.ctypes.data else [send, kind]
         request = self._comm.Iallreduce(sent, [receive, kind], op=operation)
         finish = (lambda: divide(receive, self.size, dtype=dtype)) if mean else None
-        return _Running(request.Test, spins=self._spins, finish=finish)
+        return self._running(request.Test, "allreduce", list, finish)
+
+    def _running(
+        self, test: Callable[[], bool], what: str, awaited: Callable[[], list[int]], finish: Callable[[], None] | None
+    ) -> _Running:
+        watch = lambda waited_s: self._watch(what, waited_s, awaited)  # noqa: E731
+        return _Running(test, spins=self._spins, watch=watch, finish=finish)
+
+    def _watch(self, what: str, waited_s: float, awaited: Callable[[], list[int]]) -> None:
+        """Called while this rank waits."""
+        if self._check_others is not None and not 0 <= waited_s - self._checked_s < CHECK_S:
+            self._checked_s = waited_s
+            self._check_others()
+        if self._timeout_s and waited_s > self._timeout_s:
+            ranks = awaited()
+            missing = ", ".join(f"rank {rank} on {self._names[rank]}" for rank in ranks) or "the others"
+            raise LostRankError(
+                f"rank {self.rank} on {self._names[self.rank]} waited {waited_s:.1f} s in {what} for {missing}"
+            )
 
     def _check(self, pick: Pick, send: NDArray[Any], dtype: str, op: str) -> None:
         if dtype not in STORAGE or send.dtype != STORAGE[dtype]:
@@ -241,8 +278,6 @@ class Collectives:
     def start_broadcast(self, buffer: NDArray[Any], *, root: int, algorithm: str = "binomial") -> Operation:
         """Starts bringing `root`'s `buffer` to all."""
         schedule = make_schedule("broadcast", algorithm, self.size, root=root)
-        if algorithm != "scatter-allgather":
-            return self._run(schedule, _even(buffer, schedule), "uint8", "sum", 0, None)
         return self._run(schedule, _even(buffer, schedule), "uint8", "sum", 0, None)
 
     def start_reduce(self, buffer: NDArray[Any], *, root: int, dtype: str = "float32", op: str = "sum") -> Operation:
@@ -270,7 +305,7 @@ class Collectives:
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
-        wait_politely(self._comm.Ibarrier().Test, spins=self._spins)
+        self._running(self._comm.Ibarrier().Test, "barrier", list, None).wait()
 
     def close(self) -> None:
         """Frees what MPI holds; collective."""
@@ -293,7 +328,7 @@ class Collectives:
             if finish is not None:
                 finish()
 
-        operation = _Running(run.test, spins=self._spins, finish=done)
+        operation = self._running(run.test, schedule.collective, lambda: run.awaited, done)
         operation.test()
         return operation
 

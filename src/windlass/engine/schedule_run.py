@@ -75,7 +75,7 @@ class ScheduleRun:
     """
 
     def __init__(
-        self, comm: MPI.Comm, steps: Sequence[Step], places: Places, *,
+        self, comm: MPI.Intracomm, steps: Sequence[Step], places: Places, *,
         dtype: str, op: str, tag: int, segment_bytes: int, scratch: Scratch,
     ) -> None:  # fmt: skip
         from mpi4py import MPI

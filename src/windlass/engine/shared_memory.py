@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from windlass.kernels.collective.combine import OPS, STORAGE, kind_of, scratch_of
-from windlass.kernels.collective.shared import make_progress, num_counters, slot_elements
+from windlass.kernels.collective.shared import COUNTERS, LINE, make_progress, num_counters, slot_elements
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -26,6 +27,9 @@ CROWDED_SPINS = 100
 """The same where ranks outnumber cores: each turn lets another process run."""
 SLEEP_S = 30e-6
 """How long a waiting rank sleeps between calls of the kernel."""
+
+Watch = Callable[[str, float, Callable[[], list[int]]], None]
+"""Told while a rank waits: for what operation, for how many seconds, and who asks which ranks have not come."""
 
 
 class SharedRequest:
@@ -43,8 +47,13 @@ class SharedRequest:
 
     def wait(self) -> None:
         """Returns when the result stands in the buffer; waits politely."""
-        while not self._owner.advance(self, self._owner.spins):
+        owner = self._owner
+        began = 0.0
+        while not owner.advance(self, owner.spins):
             time.sleep(SLEEP_S)
+            if owner.watch is not None:
+                began = began or time.monotonic()
+                owner.watch("allreduce", time.monotonic() - began, owner.awaited)
 
 
 class SharedAllreduce:
@@ -55,7 +64,7 @@ class SharedAllreduce:
         piece_bytes: the shared memory holds `SLOTS` pieces for every rank, and for the result.
     """
 
-    def __init__(self, comm: MPI.Comm, *, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(self, comm: MPI.Intracomm, *, piece_bytes: int = PIECE_BYTES) -> None:
         from mpi4py import MPI
 
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
@@ -63,7 +72,7 @@ class SharedAllreduce:
         counters = 8 * num_counters(self.size)
         total = counters + SLOTS * slot_elements(self.size, piece_bytes)
         self._window: MPI.Win | None = MPI.Win.Allocate_shared(total if self.rank == 0 else 0, 1, comm=comm)
-        memory, _ = self._window.Shared_query(0)
+        memory: Any = self._window.Shared_query(0)[0]
         whole = np.frombuffer(memory, dtype=np.uint8)
         self._counters = whole[:counters].view(np.int64)
         self._bytes = whole[counters:]
@@ -72,6 +81,7 @@ class SharedAllreduce:
         self._typed: dict[str, tuple[Any, NDArray[Any], NDArray[Any], int]] = {}
         self._base = 0
         self._under_way: deque[SharedRequest] = deque()
+        self.watch: Watch | None = None
         self.crowded = self.size > len(os.sched_getaffinity(0))
         self.spins = CROWDED_SPINS if self.crowded else SPINS
         comm.Barrier()
@@ -100,6 +110,11 @@ class SharedAllreduce:
             oldest.arguments = ()
             self._under_way.popleft()
         return request.done
+
+    def awaited(self) -> list[int]:
+        """The ranks that are farthest behind, if any is behind this one."""
+        done = [sum(int(self._counters[(3 * rank + i) * LINE]) for i in range(COUNTERS)) for rank in range(self.size)]
+        return [rank for rank, steps in enumerate(done) if steps == min(done) < done[self.rank]]
 
     def close(self) -> None:
         """Frees the window; collective."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from windlass.errors import ConfigError, unknown
-from windlass.plan.collective import SCHEDULES, Schedule, make_schedule
+from windlass.plan.collective import SCHEDULES, Schedule, Send, make_schedule
 
 LIBRARY, SHARED = "library", "shared"
 ALLREDUCE_NAMES: tuple[str, ...] = (LIBRARY, SHARED, *SCHEDULES["allreduce"])
@@ -74,3 +74,21 @@ class Pick:
         """The schedule for so many ranks on these hosts; that of ``shared`` is ``direct``."""
         name = "direct" if self.algorithm == SHARED else self.algorithm
         return make_schedule("allreduce", name, size, pieces=self.pieces, hosts=hosts, inner=self.inner)
+
+    def bytes_sent(self, rank: int, num_bytes: int, itemsize: int, size: int, hosts: Sequence[Sequence[int]]) -> int:
+        """What a rank sends of a buffer, or with ``shared`` writes into shared memory; 0 where only the library knows.
+
+        With shared memory that is the others' slices of its own, and its slice of the sum: the buffer once.
+        """
+        if size == 1 or self.algorithm == LIBRARY:
+            return 0
+        return (
+            num_bytes if self.algorithm == SHARED else sent_bytes(self.schedule(size, hosts), rank, num_bytes, itemsize)
+        )
+
+
+def sent_bytes(schedule: Schedule, rank: int, num_bytes: int, itemsize: int) -> int:
+    """Bytes that a rank sends when the schedule runs on a buffer of so many."""
+    bounds = schedule.bounds(num_bytes // itemsize)
+    sends = [message for step in schedule.steps(rank) for message in step if isinstance(message, Send)]
+    return itemsize * sum(bounds[chunk + 1] - bounds[chunk] for send in sends for chunk in send.chunks)

@@ -1,5 +1,4 @@
-"""Element by element reductions: sum, product, greatest and least of two buffers, in float32, float64, integers
-and the two halves.
+"""Element by element reductions of buffers: sum, product, greatest, least, for floats, integers and both halves.
 
 Halves are widened to float32, combined there, and rounded to nearest even once per call of `combine`.  A NaN in
 either buffer makes the greatest and the least NaN, as `torch.maximum` has it.  Integers wrap.
@@ -57,12 +56,12 @@ def make_steps(kind: int) -> tuple[Any, Any, Any]:
     widen, narrow = _conversions(kind)
 
     # Slices first: an index that a loop counts from 0 needs no test for negative ones, and loops become vectors.
-    def take(acc, source, at, n):  # type: ignore[no-untyped-def]
+    def take(acc, source, at, n):
         to, part = acc[:n], source[at : at + n]
         for i in range(n):
             to[i] = widen(part[i])
 
-    def fold(acc, source, at, n, op):  # type: ignore[no-untyped-def]
+    def fold(acc, source, at, n, op):
         to, part = acc[:n], source[at : at + n]
         if op == 0:
             for i in range(n):
@@ -79,7 +78,7 @@ def make_steps(kind: int) -> tuple[Any, Any, Any]:
             for i in range(n):
                 to[i] *= widen(part[i])
 
-    def give(acc, target, at, n):  # type: ignore[no-untyped-def]
+    def give(acc, target, at, n):
         part, source = target[at : at + n], acc[:n]
         for i in range(n):
             part[i] = narrow(source[i])
@@ -91,7 +90,7 @@ def make_steps(kind: int) -> tuple[Any, Any, Any]:
 def _make_combine(kind: int) -> Callable[..., None]:
     take, fold, give = make_steps(kind)
 
-    def combine(target, source, acc, op):  # type: ignore[no-untyped-def]
+    def combine(target, source, acc, op):
         for start in range(0, target.size, acc.size):
             n = min(acc.size, target.size - start)
             take(acc, target, start, n)
@@ -115,7 +114,8 @@ def combine(target: Any, source: Any, *, dtype: str, op: str, scratch: Any | Non
     """``target`` becomes ``target`` op ``source``, element by element, rounded once.
 
     Args:
-        target, source: 1-D contiguous arrays of one length, stored as `STORAGE` says.
+        target: 1-D contiguous array, stored as `STORAGE` says.
+        source: the other, of the same length and type.
         dtype: what the numbers are.
         op: ``sum``, ``max``, ``min`` or ``prod``.
         scratch: of `scratch_of`; None: new.
@@ -128,7 +128,7 @@ def combine(target: Any, source: Any, *, dtype: str, op: str, scratch: Any | Non
 def _make_scale(kind: int) -> Callable[..., None]:
     widen, narrow = _conversions(kind)
 
-    def scale(target, divisor):  # type: ignore[no-untyped-def]
+    def scale(target, divisor):
         for i in range(target.size):
             target[i] = narrow(widen(target[i]) / divisor)
 

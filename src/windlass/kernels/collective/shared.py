@@ -49,7 +49,7 @@ def slice_bounds(rank: int, size: int, n: int) -> tuple[int, int]:
 
 
 @kernel
-def _least(counters, which, size):  # type: ignore[no-untyped-def]
+def _least(counters, which, size):
     least = load_acquire(counters, which * 16)
     for rank in range(1, size):
         least = min(least, load_acquire(counters, (rank * 3 + which) * 16))
@@ -73,13 +73,13 @@ def make_progress(kind: int) -> Any:
     """
     take, fold, give = make_steps(kind)
 
-    def copy_in(data, x, at, first, n, rank, size, piece):  # type: ignore[no-untyped-def]
+    def copy_in(data, x, at, first, n, rank, size, piece):
         low, high = slice_bounds(rank, size, n)
         area = at + rank * piece
         data[area : area + low] = x[first : first + low]
         data[area + high : area + n] = x[first + high : first + n]
 
-    def reduce(data, x, out, acc, at, first, n, rank, size, piece, op, mean):  # type: ignore[no-untyped-def]
+    def reduce(data, x, out, acc, at, first, n, rank, size, piece, op, mean):
         low, high = slice_bounds(rank, size, n)
         result = at + size * piece
         for start in range(low, high, acc.size):
@@ -93,23 +93,25 @@ def make_progress(kind: int) -> Any:
                     fold(acc, x, first + start, width, op)
                 else:
                     fold(acc, data, at + other * piece + start, width, op)
-            if mean:
+            give(acc, data, result + start, width)
+            if mean:  # of the sum as it is stored, as everywhere
+                take(acc, data, result + start, width)
                 for i in range(width):
                     acc[i] = acc[i] / size
-            give(acc, data, result + start, width)
+                give(acc, data, result + start, width)
             give(acc, out, first + start, width)
 
-    def copy_out(data, out, at, first, n, rank, size, piece):  # type: ignore[no-untyped-def]
+    def copy_out(data, out, at, first, n, rank, size, piece):
         low, high = slice_bounds(rank, size, n)
         result = at + size * piece
         out[first : first + low] = data[result : result + low]
         out[first + high : first + n] = data[result + high : result + n]
 
-    copy_in, reduce, copy_out = (kernel(part, key=(kind,)) for part in (copy_in, reduce, copy_out))
+    copying_in = kernel(copy_in, key=(kind,))
+    reducing = kernel(reduce, key=(kind,))
+    copying_out = kernel(copy_out, key=(kind,))
 
-    def progress(  # type: ignore[no-untyped-def]
-        counters, data, x, out, acc, state, rank, size, slots, piece, op, mean, spins, crowded
-    ):
+    def progress(counters, data, x, out, acc, state, rank, size, slots, piece, op, mean, spins, crowded):
         length = x.size
         pieces = (length + piece - 1) // piece
         base = state[0]
@@ -120,21 +122,21 @@ def make_progress(kind: int) -> Any:
             number = state[1]
             if number < pieces and _least(counters, 2, size) >= base + number - slots + 1:
                 first, at = number * piece, (base + number) % slots * (size + 1) * piece
-                copy_in(data, x, at, first, min(piece, length - first), rank, size, piece)
+                copying_in(data, x, at, first, min(piece, length - first), rank, size, piece)
                 state[1] = number + 1
                 store_release(counters, mine, base + number + 1)
                 moved = True
             number = state[2]
             if number < state[1] and _least(counters, 0, size) >= base + number + 1:
                 first, at = number * piece, (base + number) % slots * (size + 1) * piece
-                reduce(data, x, out, acc, at, first, min(piece, length - first), rank, size, piece, op, mean)
+                reducing(data, x, out, acc, at, first, min(piece, length - first), rank, size, piece, op, mean)
                 state[2] = number + 1
                 store_release(counters, mine + 16, base + number + 1)
                 moved = True
             number = state[3]
             if number < state[2] and _least(counters, 1, size) >= base + number + 1:
                 first, at = number * piece, (base + number) % slots * (size + 1) * piece
-                copy_out(data, out, at, first, min(piece, length - first), rank, size, piece)
+                copying_out(data, out, at, first, min(piece, length - first), rank, size, piece)
                 state[3] = number + 1
                 store_release(counters, mine + 32, base + number + 1)
                 moved = True
