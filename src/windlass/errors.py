@@ -22,6 +22,10 @@ class ConfigError(WindlassError):
     exit_code = 2
 
 
+class CheckError(ConfigError):
+    """A plan or schedule that would not do what it says; the message names the place."""
+
+
 class DataError(WindlassError):
     """Missing, truncated or wrong data, or a damaged checkpoint."""
 

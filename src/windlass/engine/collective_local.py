@@ -11,6 +11,7 @@ sum of two halves is rounded twice does no harm: float32's 24 bits are at least 
   as NCCL does; Gloo refuses them.
 - ``max`` and ``min`` are NaN where any contribution is, as `torch.maximum` has it; of equals (0 and -0) the second
   is taken, which is what arrives.
+- Of a NaN it is defined that it is one, not its other bits.
 """
 
 from __future__ import annotations
