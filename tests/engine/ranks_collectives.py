@@ -69,6 +69,23 @@ def test_the_order_of_ranks_is_one_order(world: Collectives) -> None:
         assert same_bits(got, want), name
 
 
+def test_prepared_ones_are_the_same(world: Collectives) -> None:
+    for dtype, length in itertools.product(DTYPES, (0, 1, 300, 4099)):
+        part, got = contribution(world.rank, length, dtype), None
+        parts = [contribution(rank, length, dtype) for rank in range(world.size)]
+        for op in ("sum", "mean", "max"):
+            got = np.empty_like(part)
+            reduce = world.prepare_allreduce(part, got, dtype=dtype, op=op, pick=Pick(SHARED))
+            want = run_local(Pick(SHARED).schedule(world.size), parts, op=op, dtype=dtype).values[world.rank]
+            for _ in range(3):
+                got[...] = 0
+                reduce()
+                assert same_bits(got, want), (dtype, length, op)
+    started = world.start_allreduce(part, got, dtype=dtype, pick=Pick(SHARED))
+    reduce()  # behind one that is under way
+    started.wait()
+
+
 def test_many_under_way(world: Collectives) -> None:
     picks = [Pick(name) for name in ALLREDUCE_NAMES] * 2
     buffers = [np.full(5000 + number, world.rank + number, dtype=np.float32) for number in range(len(picks))]

@@ -207,7 +207,11 @@ class _Rivals:
         tensor = torch.from_numpy(np.ones(length, dtype=np.float32))
 
         def action(name: str) -> Callable[[], object]:
-            pick = None if name == CHOSEN else Pick.parse(name)
+            if name == CHOSEN:
+                return self._collectives.prepare_allreduce(send, receive)
+            if name == LIBRARY:  # as its users call it
+                return lambda: self._comm.Allreduce(send, receive)
+            pick = Pick.parse(name)
             return lambda: self._collectives.allreduce(send, receive, pick=pick)
 
         rivals: dict[str, Callable[[], object]] = {name: action(name) for name in (CHOSEN, *self._algorithms)}

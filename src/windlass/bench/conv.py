@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,8 @@ TORCH_LAST, TORCH_NCHW, FFT_CONV = "PyTorch channels_last", "PyTorch NCHW", "fft
 RIVALS = (TORCH_LAST, TORCH_NCHW, FFT_CONV)
 """Who Windlass is measured beside."""
 
+PATIENCE_S = 2.0
+"""A rival whose first call takes longer has no further turn."""
 LONGEST_S = 20.0
 """PyTorch in channels_last is left out where one call is predicted to take longer; NCHW is the measure then."""
 MAX_SPECTRUM_BYTES = 2 << 30
@@ -153,8 +156,8 @@ def _measure(
     name: str, case: ConvCase, direction: Direction, *, settings: Settings, machine: Machine, turns: int
 ) -> list[ConvRow]:
     effort = Effort(min_rounds=turns, max_rounds=turns, budget_s=math.inf, hopeless=10.0)
-    rivals = _actions(case, direction, settings, machine=machine)
-    samples = interleave(rivals, effort=effort)
+    rivals, given_up = _actions(case, direction, settings, machine=machine)
+    samples = interleave(rivals, effort=effort) | given_up
     medians = {by: statistics.median(seconds) for by, seconds in samples.items()}
     errors = dict.fromkeys(samples, math.nan)
     errors |= _errors(case, direction, [by for by, seconds in medians.items() if seconds < MAX_ERROR_S])
@@ -242,7 +245,10 @@ def notes() -> list[str]:
     if importlib.util.find_spec("fft_conv_pytorch") is None:
         lines = ["fft-conv-pytorch is not installed: left out (pip install fft-conv-pytorch)"]
     else:
-        lines = ["fft-conv-pytorch is left out where it fails, or where the spectrum of the weights exceeds 2 GiB"]
+        lines = [
+            "fft-conv-pytorch is left out where it fails, or where the spectrum of the weights exceeds 2 GiB, and has "
+            f"one turn, its first call, where that takes over {PATIENCE_S:.0f} s"
+        ]
     limit = f"{LONGEST_S:.0f} s"
     return [*lines, f"times PyTorch: in channels_last, but in NCHW where that is predicted to take over {limit} a call"]
 
@@ -255,30 +261,38 @@ def _names(case: ConvCase, settings: Settings) -> list[str]:
     return [a.name for a in candidates(case.shape, accuracy=settings.accuracy) if a.family != "torch"]
 
 
-def _actions(case: ConvCase, direction: Direction, settings: Settings, *, machine: Machine) -> dict[str, Action]:
+def _actions(
+    case: ConvCase, direction: Direction, settings: Settings, *, machine: Machine
+) -> tuple[dict[str, Action], dict[str, list[float]]]:
+    """What is measured in turns; and the one time of those that are not, because a call takes too long."""
     from windlass.tuning.calls import CaseRunner
 
     last, plain = CaseRunner(case), CaseRunner(_nchw(case))
     actions: dict[str, Action] = {}
+    given_up: dict[str, list[float]] = {}
     if predicted_s("torch", direction, case.shape, machine=machine) < LONGEST_S:
         actions[TORCH_LAST] = last.runner("torch", direction)
     actions[TORCH_NCHW] = plain.runner("torch", direction)
     if _fft_conv_takes(case.shape):
-        actions |= _working({FFT_CONV: _fft_conv(case, direction)})
+        action = _fft_conv(case, direction)
+        seconds = _first_call_s(action)
+        if seconds is not None and seconds < PATIENCE_S:
+            actions[FFT_CONV] = action
+        elif seconds is not None:
+            given_up[FFT_CONV] = [seconds]
     for name in _names(case, settings):
         actions[name] = last.runner(name, direction)
         actions[name]()  # compiles
-    return actions
+    return actions, given_up
 
 
-def _working(actions: dict[str, Action]) -> dict[str, Action]:
-    """Those that run: a rival that this PyTorch breaks is no reason to measure nothing."""
-    kept = {}
-    for name, action in actions.items():
-        with contextlib.suppress(RuntimeError, IndexError, TypeError):
-            action()
-            kept[name] = action
-    return kept
+def _first_call_s(action: Action) -> float | None:
+    """Seconds of a first call; None where it fails: a rival that this PyTorch breaks is no reason to stop."""
+    with contextlib.suppress(RuntimeError, IndexError, TypeError):
+        started = time.perf_counter()
+        action()
+        return time.perf_counter() - started
+    return None
 
 
 def _nchw(case: ConvCase) -> ConvCase:

@@ -6,9 +6,12 @@ that gains an algorithm adds its name to `values`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from windlass.errors import ConfigError
 from windlass.plan.convolution import CONV_ALGORITHMS
+from windlass.plan.pick import ALLREDUCE_NAMES, AUTO, Picks
 
 Value = str | int | bool
 
@@ -21,6 +24,9 @@ class Lever:
         meaning: one line for a person.
         values: the values there are; empty for a whole number between `lowest` and `highest`.
         default: the value when nothing speaks for another.
+        lowest: of a whole number.
+        highest: of a whole number.
+        grammar: reads texts that are possible beside `values`; raises ConfigError for others.
     """
 
     meaning: str
@@ -28,13 +34,22 @@ class Lever:
     default: Value
     lowest: int = 0
     highest: int = 0
+    grammar: Callable[[str], object] | None = None
 
     def refusal(self, value: object) -> str | None:
         """Why `value` is not possible, or None.
 
-        >>> LEVERS["allreduce"].refusal("ring")
-        "'ring' is not a value of it; choose from: library"
+        >>> LEVERS["parallel"].refusal("model")
+        "'model' is not a value of it; choose from: data"
+        >>> LEVERS["allreduce"].refusal("library..8KiB,ring")  # None
         """
+        if self.grammar is not None and isinstance(value, str) and value not in self.values:
+            try:
+                self.grammar(value)
+            except ConfigError as error:
+                listed = ", ".join(spell(choice) for choice in self.values)
+                return f"{value!r} is not a value of it ({error}); choose from: {listed}"
+            return None
         if self.values:
             possible = any(type(value) is type(choice) and value == choice for choice in self.values)
             listed = ", ".join(spell(choice) for choice in self.values)
@@ -59,7 +74,12 @@ LEVERS: dict[str, Lever] = {
     "number_format": Lever("how numbers are stored and computed", ("float32",), "float32"),
     "layout": Lever("order of a tensor's dimensions in memory", ("contiguous", "channels_last"), "contiguous"),
     "parallel": Lever("what the workers divide among them", ("data",), "data"),
-    "allreduce": Lever("how the workers sum their gradients", ("library",), "library"),
+    "allreduce": Lever(
+        "how the workers sum their gradients; by size as in library..8KiB,ring; auto: what is fastest",
+        (AUTO, *ALLREDUCE_NAMES), AUTO, grammar=Picks.parse,
+    ),
+    "fixed_order": Lever("sums are made in the order of ranks whatever the size: always the same bits",
+                         (False, True), False),
     "bucket_bytes": Lever("gradients are sent in buckets of about this size", (), 4 << 20, 1 << 10, 1 << 30),
     "overlap": Lever("buckets are sent while the backward pass goes on", (True, False), True),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from windlass.errors import ConfigError, unknown
 from windlass.plan.collective import SCHEDULES, Schedule, Send, make_schedule
+from windlass.plan.sizes import format_bytes, parse_bytes
 
 LIBRARY, SHARED = "library", "shared"
 ALLREDUCE_NAMES: tuple[str, ...] = (LIBRARY, SHARED, *SCHEDULES["allreduce"])
@@ -92,3 +93,54 @@ def sent_bytes(schedule: Schedule, rank: int, num_bytes: int, itemsize: int) -> 
     bounds = schedule.bounds(num_bytes // itemsize)
     sends = [message for step in schedule.steps(rank) for message in step if isinstance(message, Send)]
     return itemsize * sum(bounds[chunk + 1] - bounds[chunk] for send in sends for chunk in send.chunks)
+
+
+AUTO = "auto"
+"""The chooser decides, by size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """Algorithms by size class, as the plan's lever ``allreduce`` holds them.
+
+    Attributes:
+        rows: (greatest number of bytes, algorithm), ascending; the last one's limit is 0: whatever is larger.
+            Empty: the chooser decides.
+    """
+
+    rows: tuple[tuple[int, Pick], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Picks:
+        """Reads ``auto``, one algorithm, or several with the sizes up to which they are used.
+
+        Raises:
+            ConfigError: what cannot be read, sizes that do not grow, or a last algorithm with a limit.
+
+        >>> picks = Picks.parse("library..8KiB,shared")
+        >>> str(picks.of(1024)), str(picks.of(1 << 20)), str(picks)
+        ('library', 'shared', 'library..8KiB,shared')
+        """
+        if text == AUTO:
+            return cls()
+        rows: list[tuple[int, Pick]] = []
+        for part in text.split(","):
+            name, dots, limit = part.strip().partition("..")
+            rows.append((parse_bytes(limit) if dots else 0, Pick.parse(name)))
+        limits = [limit for limit, _ in rows]
+        if limits[-1] or 0 in limits[:-1] or sorted(set(limits[:-1])) != limits[:-1]:
+            raise ConfigError(
+                f"allreduce {text!r}: needs growing sizes and a last one without, as in library..8KiB,ring"
+            )
+        return cls(tuple(rows))
+
+    def of(self, num_bytes: int) -> Pick | None:
+        """The algorithm for a buffer; None: the chooser's."""
+        for limit, pick in self.rows:
+            if num_bytes <= limit or not limit:
+                return pick
+        return None
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return ",".join(f"{pick}..{format_bytes(limit)}" if limit else str(pick) for limit, pick in self.rows) or AUTO

@@ -14,6 +14,7 @@ TUNES: dict[str, str] = {
     "off": "PyTorch's own convolution everywhere",
     "model": "the cost model chooses, nothing is measured",
     "measure": "the most promising are measured beside PyTorch's own",
+    "auto": "measure where a run is long enough to win from it",
 }
 """How convolutions are chosen."""
 

@@ -5,11 +5,14 @@ A store with release and a load with acquire: who sees the counter sees all that
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from windlass.kernels import emit
 from windlass.kernels.jit import DISABLED, FEATURES
@@ -54,6 +57,29 @@ def _relax(typing_context, crowded):
     return types.void(types.boolean), generate
 
 
+@intrinsic
+def _view(typing_context, address, length, like):
+    """An array of `length` elements of `like`'s type at an address."""
+
+    def generate(context, builder, signature, values):
+        kind = signature.return_type
+        pointer = context.get_value_type(types.CPointer(kind.dtype))
+        array = context.make_array(kind)(context, builder)
+        item = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+        size = context.get_constant(types.intp, item)
+        populate_array(
+            array,
+            data=builder.inttoptr(values[0], pointer),
+            shape=[values[1]],
+            strides=[size],
+            itemsize=size,
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return types.Array(like.dtype, 1, "C")(types.int64, types.int64, like), generate
+
+
 def _load_twin(counters: Any, index: int) -> int:
     return int(counters[index])
 
@@ -66,9 +92,19 @@ def _relax_twin(crowded: bool) -> None:
     return
 
 
+def _view_twin(address: int, length: int, like: Any) -> Any:
+    size = int(length) * like.itemsize
+    if not size:
+        return np.empty(0, dtype=like.dtype)
+    memory = (ctypes.c_char * size).from_address(int(address))
+    return np.frombuffer(memory, dtype=like.dtype)
+
+
 load_acquire: Any = _load_twin if DISABLED else _load_acquire
 """``load_acquire(counters, index)``: a counter, and with it all that was written before it was stored."""
 store_release: Any = _store_twin if DISABLED else _store_release
 """``store_release(counters, index, value)``: makes all that was written before visible with the counter."""
 relax: Any = _relax_twin if DISABLED else _relax
 """``relax(crowded)``: one turn of waiting; where processes outnumber cores it lets another one run."""
+view: Any = _view_twin if DISABLED else _view
+"""``view(address, length, like)``: an array of `like`'s type at an address; it owns nothing."""

@@ -10,6 +10,10 @@ There are `slots` areas per rank, used in turn.  Three counters per rank, each i
 pieces it has copied in, reduced, and taken out; they only grow, over all operations.  A piece is reduced when all
 have copied it in, taken when all have reduced it, and its slot is used again when all have taken it.
 
+A small buffer goes in one go (`make_one_shot`): every rank puts all of it into its own place, of which there are two
+in turn, says so, waits until all have said so, and reduces everything itself, again in the order of ranks.  A rank
+begins the operation after next only when all have ended this one, so two places are enough.
+
 `progress` does what can be done without waiting, waits a little, and returns: the caller decides what to do
 meanwhile, and nobody waits for ever.
 """
@@ -19,12 +23,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from windlass.kernels.collective.atomics import load_acquire, relax, store_release
+from windlass.kernels.collective.atomics import load_acquire, relax, store_release, view
 from windlass.kernels.collective.combine import make_steps
 from windlass.kernels.jit import kernel
 
-COUNTERS = 3
-"""Counters of a rank: pieces copied in, reduced, taken."""
+COUNTERS = 4
+"""Counters of a rank: pieces copied in, reduced, taken; and operations in one go that it has begun."""
 LINE = 16
 """Counters of 8 bytes from one used to the next: two cache lines, since processors fetch pairs."""
 ALIGN = 64
@@ -50,9 +54,9 @@ def slice_bounds(rank: int, size: int, n: int) -> tuple[int, int]:
 
 @kernel
 def _least(counters, which, size):
-    least = load_acquire(counters, which * 16)
+    least = load_acquire(counters, which * 16)  # LINE
     for rank in range(1, size):
-        least = min(least, load_acquire(counters, (rank * 3 + which) * 16))
+        least = min(least, load_acquire(counters, (rank * 4 + which) * 16))
     return least
 
 
@@ -115,7 +119,7 @@ def make_progress(kind: int) -> Any:
         length = x.size
         pieces = (length + piece - 1) // piece
         base = state[0]
-        mine = rank * 3 * 16
+        mine = rank * 4 * 16
         idle = 0
         while state[3] < pieces:
             moved = False
@@ -150,3 +154,56 @@ def make_progress(kind: int) -> Any:
         return True
 
     return kernel(progress, key=(kind,))
+
+
+DESCRIPTOR = (
+    "counters", "num_counters", "data", "num_data", "x", "out", "length", "acc", "rank", "size", "place", "number",
+    "op", "mean", "spins", "crowded", "begun",
+)  # fmt: skip
+"""What an operation in one go is described by: addresses, lengths and numbers, all as int64, since one argument is
+unpacked faster than many."""
+ENTRY = {name: index for index, name in enumerate(DESCRIPTOR)}
+
+
+@cache
+def make_one_shot(kind: int) -> Any:
+    """The kernel ``one_shot(descriptor, like, wide)`` for one storage.
+
+    `like` and `wide` are empty arrays of the storage's type and of the wide one.  `place` is how many elements a
+    rank's place holds, `number` counts operations in one go, `begun` is kept by the kernel and begins as 0.  Returns
+    whether all is done; if not, somebody has not come yet.
+    """
+    take, fold, give = make_steps(kind)
+
+    def one_shot(d, like, wide):
+        counters = view(d[0], d[1], d)
+        data = view(d[2], d[3], like)
+        length, rank, size, place, number = d[6], d[8], d[9], d[10], d[11]
+        x, out, acc = view(d[4], length, like), view(d[5], length, like), view(d[7], 1024, wide)
+        base = number % 2 * size * place
+        if d[16] == 0:
+            mine = base + rank * place
+            data[mine : mine + length] = x[:length]
+            store_release(counters, (rank * 4 + 3) * 16, number + 1)
+            d[16] = 1
+        for other in range(size):
+            idle = 0
+            while load_acquire(counters, (other * 4 + 3) * 16) <= number:
+                idle += 1
+                if idle > d[14]:
+                    return False
+                relax(d[15] != 0)
+        for start in range(0, length, 1024):
+            width = min(1024, length - start)
+            take(acc, data, base + start, width)
+            for other in range(1, size):
+                fold(acc, data, base + other * place + start, width, d[12])
+            give(acc, out, start, width)
+            if d[13] != 0:
+                take(acc, out, start, width)
+                for i in range(width):
+                    acc[i] = acc[i] / size
+                give(acc, out, start, width)
+        return True
+
+    return kernel(one_shot, key=(kind,))
