@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from windlass.errors import ConfigError
 from windlass.kernels import fft, fft_blocks, fft_depthwise, fft_geometry, reference
-from windlass.kernels.workspace import scratch
+from windlass.kernels.workspace import lasting, scratch
 from windlass.plan.convolution import ConvShape, Direction
 
 Array = npt.NDArray[Any]
@@ -177,6 +178,72 @@ def test_the_bits_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> No
         assert np.array_equal(a.view(np.int32), b.view(np.int32))
 
 
+def assert_kept_spectra_change_nothing(shape: ConvShape, tile: int, arrays: tuple[Array, ...], layout: str) -> None:
+    """The same bits as when they are made anew; the weights are not looked at again."""
+    x, w, bias, dy = arrays
+    y, dx, _ = computed(shape, tile, x, w, bias, dy, layout=layout)
+    kept = lasting(fft.kept_floats(shape=shape, tile=tile))
+    kept[...] = np.nan
+    again = arranged(np.full_like(y, np.nan), layout), arranged(np.full_like(dx, np.nan), layout)
+    fft.forward(x, w, bias, again[0], shape=shape, tile=tile, threads=2, kept=kept)
+    fft.backward_input(dy, np.full_like(w, np.nan), again[1], shape=shape, tile=tile, threads=2, kept=kept)
+    for got, expected in zip(again, (y, dx), strict=True):
+        assert np.array_equal(got.view(np.int32), expected.view(np.int32))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_kept_spectra_give_the_same_bits(name: str, layout: str) -> None:
+    tile, shape = conv(name)
+    assert_kept_spectra_change_nothing(shape, tile, problem(shape, layout), layout)
+
+
+@pytest.mark.parametrize("limit", [fft_blocks.LIMIT, 0])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "groups", "tile"), [(192, 200, 1, 16), (72, 180, 1, 64), (80, 96, 2, 32)]
+)
+def test_kept_spectra_of_many_channels(
+    channels: int, outputs: int, groups: int, tile: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in several chunks over several panels, in one block and in the smallest."""
+    shape = ConvShape(
+        batch=1, in_channels=channels, height=70, width=70, out_channels=outputs, kernel=(7, 7), groups=groups
+    )
+    monkeypatch.setattr(fft_blocks, "LIMIT", limit)
+    fft_blocks.blocks_of.cache_clear()
+    try:
+        assert_kept_spectra_change_nothing(shape, tile, problem(shape, "channels_last"), "channels_last")
+    finally:
+        fft_blocks.blocks_of.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["odd sizes and channels", "groups", "depthwise"])
+def test_kept_spectra_are_of_the_weights_alone(name: str) -> None:
+    """Kept from one batch, used for another of other images."""
+    tile, shape = conv(name)
+    other = dataclasses.replace(shape, batch=3, height=shape.height + 9, width=shape.width + 20)
+    (x, w, bias, dy), (_, _, _, other_dy) = problem(shape, "contiguous"), problem(other, "contiguous")
+    kept = lasting(fft.kept_floats(shape=shape, tile=tile))
+    assert kept.size == fft.kept_floats(shape=other, tile=tile)
+    fft.forward(x, w, bias, np.empty_like(dy), shape=shape, tile=tile, threads=2, kept=kept)
+    dx, expected = (np.empty((3, other.in_channels, other.height, other.width), np.float32) for _ in range(2))
+    fft.backward_input(other_dy, w, dx, shape=other, tile=tile, threads=2, kept=kept)
+    fft.backward_input(other_dy, w, expected, shape=other, tile=tile, threads=2)
+    assert np.array_equal(dx, expected)
+
+
+@pytest.mark.parametrize("name", ["whole tiles", "depthwise"])
+def test_spectra_are_kept_only_where_they_fit(name: str) -> None:
+    tile, shape = conv(name)
+    x, w, bias, dy = problem(shape, "contiguous")
+    num = fft.kept_floats(shape=shape, tile=tile)
+    for kept in (lasting(num - 16), lasting(num + 1)[1:], lasting(2 * num)[::2]):
+        with pytest.raises(ConfigError, match=f"fft-16 keeps {num} numbers in a row, aligned to 64 bytes"):
+            fft.forward(x, w, bias, np.empty_like(dy), shape=shape, tile=tile, threads=2, kept=kept)
+        with pytest.raises(ConfigError, match=f"fft-16 keeps {num} numbers in a row, aligned to 64 bytes"):
+            fft.backward_input(dy, w, np.empty_like(x), shape=shape, tile=tile, threads=2, kept=kept)
+
+
 @pytest.mark.parametrize("name", ["whole tiles", "dilation", "depthwise"])
 def test_the_gradients_are_exact_adjoints(name: str) -> None:
     """⟨conv_w(x), dy⟩ = ⟨w, dw⟩ = ⟨x, dx⟩: the same number three ways."""
@@ -257,6 +324,13 @@ def test_scratch_is_what_workspace_says(name: str, monkeypatch: pytest.MonkeyPat
         taken.clear()
         call()
         assert max(taken) == fft.workspace_bytes(direction, shape=shape, tile=tile, threads=2)
+    kept = lasting(fft.kept_floats(shape=shape, tile=tile))
+    taken.clear()
+    fft.forward(x, w, bias, np.empty_like(dy), shape=shape, tile=tile, threads=2, kept=kept)
+    assert max(taken) <= fft.workspace_bytes("forward", shape=shape, tile=tile, threads=2)
+    taken.clear()
+    fft.backward_input(dy, w, np.empty_like(x), shape=shape, tile=tile, threads=2, kept=kept)
+    assert max(taken) <= fft.workspace_bytes("input", shape=shape, tile=tile, threads=2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -299,6 +373,7 @@ import numpy as np
 from windlass.kernels import fft, reference
 from windlass.kernels.cgemm import CTILE_ROWS
 from windlass.kernels.jit import TILE_COLUMNS
+from windlass.kernels.workspace import lasting
 from windlass.plan.convolution import ConvShape
 for groups in (1, {channels}):
     shape = ConvShape(batch=1, in_channels={channels}, height=7, width=13, out_channels={channels}, kernel=(5, 5),
@@ -312,6 +387,10 @@ for groups in (1, {channels}):
         fft.forward(x, w, None, y, shape=shape, tile=16, threads=2)
         fft.backward_input(x, w, dx, shape=shape, tile=16, threads=2)
         fft.backward_weight(x, x, dw, shape=shape, tile=16, threads=2)
+        again, kept = np.empty_like(dx), lasting(fft.kept_floats(shape=shape, tile=16))
+        fft.forward(x, w, None, y, shape=shape, tile=16, threads=2, kept=kept)
+        fft.backward_input(x, w, again, shape=shape, tile=16, threads=2, kept=kept)
+        assert np.linalg.norm(again - dx) <= 1e-7 * np.linalg.norm(dx)  # plain Python's products sum as BLAS does
         x, w = x.astype(float), w.astype(float)
         for got, truth in ((y, reference.forward(x, w, None, shape=shape)),
                            (dx, reference.backward_input(x, w, shape=shape)),

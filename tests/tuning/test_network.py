@@ -21,7 +21,15 @@ from windlass.tuning.cache import TimesCache
 from windlass.tuning.choose import choose_plan
 from windlass.tuning.convolution import Tuner
 from windlass.tuning.cost import Machine
-from windlass.tuning.network import apply_plan, complete, graph_cases, layer_refusals, tune_network, with_convolutions
+from windlass.tuning.network import (
+    apply_plan,
+    complete,
+    graph_cases,
+    layer_refusals,
+    plan_kept_bytes,
+    tune_network,
+    with_convolutions,
+)
 from windlass.tuning.results import ConvCase, Settings
 
 
@@ -187,6 +195,29 @@ def test_a_lever_alone_is_for_all_that_can(net: Net, lever: str) -> None:
     plan = replace(plan, layers=(LayerChoice("reflect", "conv2d", "torch"),))
     apply_plan(plan, graph, net)
     assert isinstance(net.twice, Conv2d) and net.twice.algorithm == lever
+
+
+def test_kept_spectra_are_counted_where_a_gradient_of_the_input_uses_them() -> None:
+    """32 × 32 filters of 7×7 in tiles of 16, for each call but the first layer's: 130 frequencies of 8 bytes."""
+
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.twice = nn.Conv2d(1, 32, 7, padding=3), nn.Conv2d(32, 32, 7, padding=3)
+            self.head = nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.twice(self.twice(self.first(x))).mean((2, 3)))
+            return y
+
+    graph = captured(Large())
+    plan = choose_plan(graph, workers=1, batch=8)
+    assert plan_kept_bytes(plan, graph) == 0
+    for algorithm, calls in (("fft-16", 2), ("fft-16/fft-16/torch", 2), ("fft-16/fft-32/fft-16", 0), ("direct", 0)):
+        rows = tuple(LayerChoice(name, "conv2d", algorithm) for name in ("first", "twice", "twice#2"))
+        num_bytes = plan_kept_bytes(replace(plan, layers=rows), graph)
+        least = calls * 130 * 8 * 32 * 32
+        assert least <= num_bytes <= 1.01 * least
 
 
 def test_rows_of_one_s_own_stay_when_a_plan_is_completed(net: Net) -> None:

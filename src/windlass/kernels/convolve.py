@@ -28,19 +28,47 @@ MODULES = {
 """The module of each family, with functions forward, backward_input, backward_weight and workspace_bytes."""
 
 
+LARGEST_KEPT = 72 << 20
+"""Bytes of spectra that a layer keeps from its forward pass to its backward pass, at most.
+
+It holds those of 64 × 64 filters in tiles of 64, of 128 × 128 in tiles of 32, and of 256 × 256 in tiles of 16.
+"""
+
+
 def forward(
     algorithm: str, x: Array, w: Array, bias: Array | None, y: Array, *, shape: ConvShape, threads: int,
-    relu: bool = False,
+    relu: bool = False, kept: Array | None = None,
 ) -> None:  # fmt: skip
-    """Writes y = conv(x, w) + bias, and max(y, 0) with `relu`; NaN stays NaN."""
+    """Writes y = conv(x, w) + bias, and max(y, 0) with `relu`; NaN stays NaN.
+
+    `kept`, of `kept_floats` numbers aligned to 64 bytes, is filled with what `backward_input` can use again.
+    """
     module, options = _kernel(algorithm, shape)
+    if kept is not None:
+        options["kept"] = kept
     module.forward(x, w, bias, y, shape=shape, threads=threads, relu=relu, **options)
 
 
-def backward_input(algorithm: str, dy: Array, w: Array, dx: Array, *, shape: ConvShape, threads: int) -> None:
-    """Writes the gradient of the input."""
+def backward_input(
+    algorithm: str, dy: Array, w: Array, dx: Array, *, shape: ConvShape, threads: int, kept: Array | None = None
+) -> None:
+    """Writes the gradient of the input; `kept` is what `forward` left there for the same weights, or None."""
     module, options = _kernel(algorithm, shape)
+    if kept is not None:
+        options["kept"] = kept
     module.backward_input(dy, w, dx, shape=shape, threads=threads, **options)
+
+
+def kept_floats(algorithm: str, *, shape: ConvShape) -> int:
+    """How many numbers `forward` should keep for `backward_input`, if that is by the same algorithm.
+
+    They are the spectra of the weights where they save time and take `LARGEST_KEPT` bytes or less; otherwise 0.
+    """
+    if _algorithm(algorithm).family != "fft":
+        return 0
+    module, options = _kernel(algorithm, shape)
+    num = int(module.kept_floats(shape=shape, **options))
+    return num if 4 * num <= LARGEST_KEPT and module.keeping_pays(shape=shape, **options) else 0
 
 
 def backward_weight(algorithm: str, x: Array, dy: Array, dw: Array, *, shape: ConvShape, threads: int) -> None:

@@ -84,13 +84,32 @@ def floats(sizes: Sizes, blocks: Blocks) -> tuple[int, int, int]:
     return num * x.plane, num * m.plane, u.panel * blocks.panels
 
 
+def kept_layout(n: int, depths: int) -> Layout:
+    """All spectra of the weights, as the forward pass keeps them: U with whole blocks of lanes in its depth."""
+    return layouts(n, Blocks(1, -(-depths // LANES) * LANES, 1, "panels"))[2]
+
+
 @cache
-def blocks_of(sizes: Sizes, *, weight: bool, threads: int) -> Blocks:
-    """The blocks that move and compute the least; for the gradient of the weights with `weight`."""
+def blocks_of(sizes: Sizes, *, weight: bool, threads: int, kept: bool = False) -> Blocks:
+    """The blocks that move and compute the least.
+
+    Args:
+        sizes: the convolution.
+        weight: whether it is the gradient of the weights.
+        threads: how many work.
+        kept: whether the weights' spectra stand elsewhere, in whole; then scratch is no more than otherwise.
+    """
+
+    def scratch(blocks: Blocks) -> int:
+        x, m, u = floats(sizes, blocks)
+        return x + m + (0 if kept else u)
+
     every = list(_candidates(sizes, weight))
-    fitting = [blocks for blocks in every if 4 * sum(floats(sizes, blocks)) <= LIMIT * threads]
-    smallest = min(every, key=lambda blocks: sum(floats(sizes, blocks)))
-    return min(fitting or [smallest], key=lambda blocks: _seconds(sizes, blocks, weight))
+    limit = LIMIT * threads // 4
+    if kept:
+        limit = sum(floats(sizes, blocks_of(sizes, weight=weight, threads=threads)))
+    fitting = [blocks for blocks in every if scratch(blocks) <= limit]
+    return min(fitting or [min(every, key=scratch)], key=lambda blocks: _seconds(sizes, blocks, weight, kept))
 
 
 def _candidates(sizes: Sizes, weight: bool) -> Iterator[Blocks]:
@@ -125,7 +144,7 @@ def steps(sizes: Sizes, blocks: Blocks, *, weight: bool) -> Iterator[tuple[tuple
         yield tuple(block[names.index(name)] for name in ("tiles", "depths", "panels"))
 
 
-def _seconds(sizes: Sizes, blocks: Blocks, weight: bool) -> float:
+def _seconds(sizes: Sizes, blocks: Blocks, weight: bool, kept: bool) -> float:
     """The model: spectra are made as often as a loop on which they depend goes on, and read in every step."""
     names = _loops(blocks, weight)
     counts = [-(-getattr(sizes, name) // getattr(blocks, name)) for name in names]
@@ -135,7 +154,8 @@ def _seconds(sizes: Sizes, blocks: Blocks, weight: bool) -> float:
         return math.prod(counts[: deepest + 1])
 
     x, m, u = floats(sizes, blocks)
-    made = times("tiles", "depths") * x + times("tiles", "panels") * m + times("depths", "panels") * u
+    made = times("tiles", "depths") * x + times("tiles", "panels") * m
+    made += 0 if kept else times("depths", "panels") * u
     num_steps = math.prod(counts)
     seconds = 4 * made / TRANSFORMED + 4 * num_steps * (x + m + u) / MOVED + 3 * num_steps * WAIT
     return float(seconds)

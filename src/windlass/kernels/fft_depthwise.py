@@ -110,29 +110,29 @@ def _filter_task(task: int, thread: int, w: Any, taps: Any, nonzero: int, U: Any
 
 @kernel
 def _tile_task(task: int, thread: int, x: Any, xi: Any, x_tiling: Any, y: Any, yi: Any, y_tiling: Any, channels: int,
-               tiles: int, step: int, U: Any, codes: Any, work: Any, room: Any, scale: Any, bias: Any,
+               tiles: int, step: int, U: Any, turned: int, codes: Any, work: Any, room: Any, scale: Any, bias: Any,
                floor: Any, stream: int) -> None:  # fmt: skip
-    """A few tiles of 16 channels, all the way."""
+    """A few tiles of 16 channels, all the way; `turned` ones have their parts exchanged (see `fft_stages`)."""
     parts = (tiles + step - 1) // step
     channel = task // parts * LANES
     n, half = codes.n, codes.n // 2
     row = (half + 1) * PAIR
     s = thread * room.all
-    column = s + room.block
+    column, im = s + room.block + turned * LANES, (1 - 2 * turned) * LANES
     for t in range(task % parts * step, min(task % parts * step + step, tiles)):
         rows_in(x, xi, x_tiling, t, channel, channels - channel, codes, work, s, s + room.buffer)
         u = task // parts * codes.frequencies * PAIR
         for v in range(half + 1):
             at = s + v * PAIR
             if v == 0 or v == half:
-                transform(codes.from_real, work, at, row, 0, work, column, PAIR, LANES)
-                times_conjugate(half + 1, work, column, U, u, work, column, 0)
-                transform(codes.to_real, work, column, PAIR, LANES, work, at, row, 0)
+                transform(codes.from_real, work, at, row, 0, work, column, PAIR, im)
+                times_conjugate(half + 1, work, s + room.block, U, u, work, s + room.block, 0)
+                transform(codes.to_real, work, column, PAIR, im, work, at, row, 0)
                 u += (half + 1) * PAIR
             else:
-                transform(codes.complex, work, at, row, LANES, work, column, PAIR, LANES)
-                times_conjugate(n, work, column, U, u, work, column, 0)
-                transform(codes.complex, work, column + LANES, PAIR, -LANES, work, at + LANES, row, -LANES)
+                transform(codes.complex, work, at, row, LANES, work, column, PAIR, im)
+                times_conjugate(n, work, s + room.block, U, u, work, s + room.block, 0)
+                transform(codes.complex, work, column + im, PAIR, -im, work, at + LANES, row, -LANES)
                 u += n * PAIR
         rows_out(
             work, s, y, yi, y_tiling, t, channel, channels - channel, scale, bias, floor, stream, codes, s + room.buffer
@@ -141,17 +141,37 @@ def _tile_task(task: int, thread: int, x: Any, xi: Any, x_tiling: Any, y: Any, y
 
 @kernel
 def _convolve_all(x: Any, xi: Any, x_tiling: Any, w: Any, y: Any, yi: Any, y_tiling: Any, tiles: int, taps: Any,
-             nonzero: int, U: Any, codes: Any, short: Any, work: Any, room: Any, scale: Any, bias: Any, floor: Any,
-             stream: int, threads: int) -> None:  # fmt: skip
-    """`y` = conv(x, w) + bias, at least `floor`."""
+             nonzero: int, U: Any, made: int, turned: int, codes: Any, short: Any, work: Any, room: Any, scale: Any,
+             bias: Any, floor: Any, stream: int, threads: int) -> None:  # fmt: skip
+    """`y` = conv(x, w) + bias, at least `floor`; the spectra of the filters may be `made` already."""
     vectors = (taps.lanes + LANES - 1) // LANES
-    parallel_for(_filter_task, vectors, threads, (w, taps, nonzero, U, short, work, room))
+    if not made:
+        parallel_for(_filter_task, vectors, threads, (w, taps, nonzero, U, short, work, room))
     parts = (tiles + STEP - 1) // STEP
     parallel_for(
         _tile_task,
         vectors * parts,
         threads,
-        (x, xi, x_tiling, y, yi, y_tiling, taps.lanes, tiles, STEP, U, codes, work, room, scale, bias, floor, stream),
+        (
+            x,
+            xi,
+            x_tiling,
+            y,
+            yi,
+            y_tiling,
+            taps.lanes,
+            tiles,
+            STEP,
+            U,
+            turned,
+            codes,
+            work,
+            room,
+            scale,
+            bias,
+            floor,
+            stream,
+        ),
     )
 
 
@@ -216,20 +236,23 @@ def _weight(x: Any, xi: Any, x_tiling: Any, dy: Any, yi: Any, y_tiling: Any, dw:
 
 
 def forward(
-    x: Array, w: Array, bias: Array | None, y: Array, g: Geometry, *, shape: ConvShape, threads: int, relu: bool
+    x: Array, w: Array, bias: Array | None, y: Array, g: Geometry, *, shape: ConvShape, threads: int, relu: bool,
+    kept: Array | None = None,
+) -> None:  # fmt: skip
+    """`y` = conv(x, w) + bias; writes the filters' spectra to `kept`."""
+    _convolve(_repeated(x, shape), w, bias, y, g, shape=shape, threads=threads, relu=relu, kept=kept)
+
+
+def backward_input(
+    dy: Array, w: Array, dx: Array, g: Geometry, *, shape: ConvShape, threads: int, kept: Array | None = None
 ) -> None:
-    """`y` = conv(x, w) + bias."""
-    _convolve(_repeated(x, shape), w, bias, y, g, shape=shape, threads=threads, relu=relu)
-
-
-def backward_input(dy: Array, w: Array, dx: Array, g: Geometry, *, shape: ConvShape, threads: int) -> None:
-    """The gradient of the input."""
+    """The gradient of the input, by the spectra that `forward` has `kept`."""
     if shape.group_out == 1:
-        _convolve(dy, w, None, dx, g, shape=shape, threads=threads, relu=False)
+        _convolve(dy, w, None, dx, g, shape=shape, threads=threads, relu=False, kept=kept)
         return
     n, channels, height, width = dx.shape
     each = np.empty((n, shape.out_channels, height, width), np.float32)
-    _convolve(dy, w, None, each, g, shape=shape, threads=threads, relu=False)
+    _convolve(dy, w, None, each, g, shape=shape, threads=threads, relu=False, kept=kept)
     dx[...] = each.reshape(n, channels, shape.group_out, height, width).sum(2)
 
 
@@ -246,22 +269,29 @@ def backward_weight(x: Array, dy: Array, dw: Array, g: Geometry, *, shape: ConvS
 
 
 def _convolve(
-    x: Array, w: Array, bias: Array | None, y: Array, g: Geometry, *, shape: ConvShape, threads: int, relu: bool
-) -> None:
+    x: Array, w: Array, bias: Array | None, y: Array, g: Geometry, *, shape: ConvShape, threads: int, relu: bool,
+    kept: Array | None,
+) -> None:  # fmt: skip
     taps, room = _taps(w, g, shape), _room(g, shape)
-    U, work = scratch(*scratch_floats("forward", g, shape=shape, threads=threads))
+    numbers = scratch_floats("forward", g, shape=shape, threads=threads)
+    U, work = scratch(*numbers) if kept is None else (kept, *scratch(numbers[1]))
     _convolve_all(
         emit.flat(x), image_of(x, g.top, g.left), g.x_tiling, emit.flat(w), emit.flat(y), image_of(y), g.y_tiling,
-        g.tiles, taps, g.nonzero, U, codelets(g.n), codelets(g.n, nonzero=g.nonzero), work, room,
-        np.float32(g.n**-2), padded(bias, taps.lanes), np.float32(0 if relu else -np.inf), streams(y), threads,
+        g.tiles, taps, g.nonzero, U, int(g.turned and kept is not None), int(g.turned), codelets(g.n),
+        codelets(g.n, nonzero=g.nonzero), work, room, np.float32(g.n**-2), padded(bias, taps.lanes),
+        np.float32(0 if relu else -np.inf), streams(y), threads,
     )  # fmt: skip
 
 
 def scratch_floats(direction: Direction, g: Geometry, *, shape: ConvShape, threads: int) -> tuple[int, int]:
     """Numbers in the spectra of filters, or of their gradients' parts, and in the threads' own."""
     parts = -(-g.tiles // _step(g, shape)) if direction == "weight" else 1
-    vectors = -(-shape.out_channels // LANES)
-    return vectors * parts * num_frequencies(g.n) * PAIR, _room(g, shape).all * threads
+    return parts * filter_floats(shape, g.n), _room(g, shape).all * threads
+
+
+def filter_floats(shape: ConvShape, n: int) -> int:
+    """Numbers in the spectra of all filters."""
+    return -(-shape.out_channels // LANES) * num_frequencies(n) * PAIR
 
 
 def _step(g: Geometry, shape: ConvShape) -> int:

@@ -22,7 +22,7 @@ STREAM_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A convolution of overlapping tiles; for the gradient of the input x is dy, y is dx and the filter is turned.
+    """A convolution of overlapping tiles; for the gradient of the input (`turned`) x is dy and y is dx.
 
     Attributes:
         n: pixels of a tile's side.
@@ -30,7 +30,7 @@ class Geometry:
         top, left: zeros before x.
         x_tiling, y_tiling: the tiles of x, and those of y below them.
         tiles: how many there are in the batch.
-        turned: whether the filter is turned by 180°.
+        turned: whether the product is with the filter's spectra, not with their conjugates.
     """
 
     n: int
@@ -47,6 +47,9 @@ class Geometry:
 def geometry(shape: ConvShape, n: int, *, turned: bool = False) -> Geometry:
     """The tiles of a convolution; one for a whole image where what wraps around falls on zeros.
 
+    Conjugate spectra give pixel p of a tile from its pixels p to p + extent - 1: the last ones are wrong.  The
+    spectra themselves give it from its pixels p - extent + 1 to p: the first ones are wrong, and left out.
+
     Raises:
         ConfigError: the stride is not 1, or the filter not smaller than the tile.
     """
@@ -60,27 +63,29 @@ def geometry(shape: ConvShape, n: int, *, turned: bool = False) -> Geometry:
     if turned:
         sizes, out = out, sizes
         before = (extent[0] - 1 - before[0], extent[1] - 1 - before[1])
-    steps = []
+    steps, starts, skipped = [], [], []
     for size, wanted, reach, zeros in zip(sizes, out, extent, before, strict=True):
         alone = size + zeros <= n and wanted + reach - 1 - max(0, zeros) <= n
         steps.append(wanted if alone else min(wanted, n - reach + 1))
+        starts.append(min(zeros, 0) if alone and turned else zeros)
+        skipped.append(reach - 1 + starts[-1] - zeros if turned else 0)
     down, across = (-(-wanted // step) for wanted, step in zip(out, steps, strict=True))
     return Geometry(
         n=n,
         nonzero=next(part for part in (n // 4, n // 2, n) if max(extent) <= part),
-        top=before[0],
-        left=before[1],
+        top=starts[0],
+        left=starts[1],
         x_tiling=Tiling(down, across, steps[0], steps[1], n, n),
-        y_tiling=Tiling(down, across, steps[0], steps[1], steps[0], steps[1]),
+        y_tiling=Tiling(down, across, steps[0], steps[1], steps[0], steps[1], skipped[0], skipped[1]),
         tiles=shape.batch * down * across,
         turned=turned,
     )
 
 
 def room_of(n: int, weights: int) -> Room:
-    """A thread's scratch: rows of a tile, one row of pixels, and so many floats of weights or others."""
+    """A thread's scratch: rows of a tile, one row of pixels and 16 more, and so many floats of weights or others."""
     buffer = n * 2 * (n // 2 + 1) * LANES
-    block = buffer + n * LANES
+    block = buffer + (n + LANES) * LANES
     return Room(buffer, block, odd_lines(block + weights))
 
 
@@ -101,8 +106,8 @@ def taps_of(w: Array, shape: ConvShape, *, turned: bool) -> Taps:
     outputs, inputs = w.shape[:2]
     sides = (*shape.kernel, *shape.dilation)
     if turned:
-        return Taps(*sides, into, out, row, col, 1, inputs, outputs)
-    return Taps(*sides, out, into, row, col, 0, outputs, inputs)
+        return Taps(*sides, into, out, row, col, inputs, outputs)
+    return Taps(*sides, out, into, row, col, outputs, inputs)
 
 
 def is_plain(array: Array) -> bool:

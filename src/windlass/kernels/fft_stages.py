@@ -2,6 +2,9 @@
 
 Spectra lie by frequency: X[f][tile][re C, im C], M[f][tile][re K, im K] and, in panels of TILE_COLUMNS lanes,
 U[panel][f][depth][re, im].  Every task writes its own part.
+
+Products are with conjugates.  A number with its parts exchanged is i · conj(z), and i · conj(x) · conj(u) =
+i · conj(x · u): so a product that finds X's and M's parts exchanged multiplies with U itself.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from windlass.kernels.spectra import (
     weights_out,
 )
 from windlass.kernels.threads import parallel_for
+from windlass.kernels.transform import prefetch, transpose
 
 GROUP = 4 * LANES
 """Channels of a task that transforms tiles."""
@@ -193,9 +197,10 @@ def gradients(dw: Any, taps: Any, depth: int, depths: int, panel: int, panels: i
 
 @kernel
 def _product_task(task: int, thread: int, num: int, tiles: int, depths: int, panels: int, X: Any, xl: Any,
-                  U: Any, ul: Any, M: Any, ml: Any, flags: int, chunk: int) -> None:  # fmt: skip
-    """M[f] = X[f] · conj(U[f]) of a few frequencies."""
+                  U: Any, ul: Any, M: Any, ml: Any, turned: int, flags: int, chunk: int) -> None:  # fmt: skip
+    """M[f] = X[f] · conj(U[f]) of a few frequencies, or X[f] · U[f]."""
     blocks = (tiles + CTILE_ROWS - 1) // CTILE_ROWS
+    x, m, sign = turned * xl.im, turned * ml.im, 1 - 2 * turned
     for f in range(task * FREQUENCIES, min(num, task * FREQUENCIES + FREQUENCIES)):
         for p in range(panels):
             for b in range(blocks):
@@ -208,17 +213,17 @@ def _product_task(task: int, thread: int, num: int, tiles: int, depths: int, pan
                     cgemm_rows(
                         following - i,
                         X,
-                        f * xl.plane + i * xl.row + d,
+                        f * xl.plane + i * xl.row + d + x,
                         xl.row,
-                        xl.im,
+                        sign * xl.im,
                         U,
                         p * ul.panel + f * ul.plane + d * ul.row,
                         ul.row,
                         ul.im,
                         M,
-                        f * ml.plane + i * ml.row + p * TILE_COLUMNS,
+                        f * ml.plane + i * ml.row + p * TILE_COLUMNS + m,
                         ml.row,
-                        ml.im,
+                        sign * ml.im,
                         min(chunk, depths - d),
                         X,
                         next_x + d * LANES,
@@ -230,13 +235,91 @@ def _product_task(task: int, thread: int, num: int, tiles: int, depths: int, pan
 
 @kernel
 def products(num: int, tiles: int, depths: int, panels: int, X: Any, xl: Any, U: Any, ul: Any,
-              M: Any, ml: Any, flags: int, chunk: int, threads: int) -> None:  # fmt: skip
-    """M = X · conj(U)."""
+              M: Any, ml: Any, flags: int, chunk: int, turned: int, threads: int) -> None:  # fmt: skip
+    """M = X · conj(U), or X · U where `turned` is 1."""
     parallel_for(
         _product_task,
         (num + FREQUENCIES - 1) // FREQUENCIES,
         threads,
-        (num, tiles, depths, panels, X, xl, U, ul, M, ml, flags, chunk),
+        (num, tiles, depths, panels, X, xl, U, ul, M, ml, turned, flags, chunk),
+    )
+
+
+@kernel
+def _pack(U: Any, at: int, following: int, fetch: bool, layout: Any, lanes: int, depths: int, block: Any,
+          to: int) -> None:  # fmt: skip
+    """block[depth][re, im of a panel of lanes] from U[panel of depths][lane][re, im]; may `fetch` the following one."""
+    row = 2 * TILE_COLUMNS
+    for lane in range(0, lanes, LANES):
+        for d in range(0, depths, LANES):
+            offset = d // TILE_COLUMNS * layout.panel + lane * layout.row + d % TILE_COLUMNS
+            start, here = at + offset, to + d * row + lane
+            if fetch:
+                prefetch(LANES, 2, U, following + offset, layout.row, layout.im)
+            transpose(U, start, layout.row, block, here, row)
+            transpose(U, start + layout.im, layout.row, block, here + TILE_COLUMNS, row)
+
+
+@kernel
+def _kept_task(task: int, thread: int, num: int, tiles: int, depth: int, depths: int, panel: int, panels: int,
+               lanes: int, X: Any, xl: Any, U: Any, ul: Any, M: Any, ml: Any, flags: int, chunk: int,
+               work: Any, room: Any) -> None:  # fmt: skip
+    """M[f] = X[f] · U[f]ᵀ of a few frequencies; the panel that is multiplied is transposed into the work space."""
+    blocks = (tiles + CTILE_ROWS - 1) // CTILE_ROWS
+    at = thread * room.all + room.block
+    row = 2 * TILE_COLUMNS
+    for f in range(task * FREQUENCIES, min(num, task * FREQUENCIES + FREQUENCIES)):
+        for p in range(panels):
+            lane = (panel + p) * TILE_COLUMNS
+            for d in range(0, depths, chunk):
+                count = min(chunk, depths - d)
+                u = f * ul.plane + (depth + d) // TILE_COLUMNS * ul.panel + lane * ul.row
+                following_u = u + (chunk // TILE_COLUMNS) * ul.panel
+                if d + chunk >= depths:
+                    following_u = (f + (p + 1) // panels) * ul.plane + depth // TILE_COLUMNS * ul.panel
+                    following_u += (panel + (p + 1) % panels) * TILE_COLUMNS * ul.row
+                fetch = blocks * LANES < row  # the products would not get to the end of it
+                _pack(U, u, following_u, fetch, ul, min(TILE_COLUMNS, lanes - lane), count, work, at)
+                for b in range(blocks):
+                    i, following = b * tiles // blocks, (b + 1) * tiles // blocks
+                    next_x = f * xl.plane + following * xl.row + d
+                    if following == tiles and d + chunk >= depths:
+                        next_x = (f + (p + 1) // panels) * xl.plane
+                    line = b * count * LANES
+                    next_u = following_u + line // (TILE_COLUMNS * row) * ul.panel + line % (TILE_COLUMNS * row)
+                    cgemm_rows(
+                        following - i,
+                        X,
+                        f * xl.plane + i * xl.row + d + xl.im,
+                        xl.row,
+                        -xl.im,
+                        work,
+                        at,
+                        row,
+                        TILE_COLUMNS,
+                        M,
+                        f * ml.plane + i * ml.row + p * TILE_COLUMNS + ml.im,
+                        ml.row,
+                        -ml.im,
+                        count,
+                        X,
+                        next_x,
+                        U,
+                        next_u,
+                        flags | min(d, ACCUMULATE),
+                    )
+
+
+@kernel
+def kept_products(tiles: int, depth: int, depths: int, panel: int, panels: int, lanes: int, X: Any, xl: Any, U: Any,
+                  ul: Any, M: Any, ml: Any, flags: int, chunk: int, work: Any, room: Any, num: int,
+                  threads: int) -> None:  # fmt: skip
+    """M = X · Uᵀ with all spectra U of the forward pass, whose lanes are the depth here."""
+    parallel_for(
+        _kept_task,
+        (num + FREQUENCIES - 1) // FREQUENCIES,
+        threads,
+        (num, tiles, depth, depths, panel, panels, lanes, X, xl, U, ul, M, ml, flags, chunk, work, room),
     )
 
 

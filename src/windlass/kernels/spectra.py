@@ -27,7 +27,10 @@ AHEAD = 2
 
 
 class Tiling(NamedTuple):
-    """Tiles of an image: tile (i, j) starts at (i · step_h - top, j · step_w - left) of it, rows × cols pixels."""
+    """Tiles of an image: tile (i, j) starts at (i · step_h - top, j · step_w - left) of it, rows × cols pixels.
+
+    Of pixels that come out, the first wanted one is (row, col) of its tile.
+    """
 
     down: int
     across: int
@@ -35,6 +38,8 @@ class Tiling(NamedTuple):
     step_w: int
     rows: int
     cols: int
+    row: int = 0
+    col: int = 0
 
 
 class Taps(NamedTuple):
@@ -48,7 +53,6 @@ class Taps(NamedTuple):
     depth: int
     sr: int
     ss: int
-    turned: int  # whether the filter is turned by 180°
     lanes: int  # how many lanes, how much depth
     depths: int
 
@@ -151,20 +155,21 @@ def rows_out(s: Any, s_at: int, y: Any, image: Any, tiling: Any, t: int, channel
     ow = t % tiling.across * tiling.step_w
     at = t // (tiling.down * tiling.across) * image.n + channel * image.c + oh * image.h + ow * image.w
     rows, cols = min(tiling.rows, image.height - oh), min(tiling.cols, image.width - ow)
+    wanted = buffer_at + tiling.col * LANES
     for i in range(rows):
-        transform(codes.to_real, s, s_at + i * row, 2 * LANES, LANES, s, buffer_at, LANES, 0)
+        transform(codes.to_real, s, s_at + (tiling.row + i) * row, 2 * LANES, LANES, s, buffer_at, LANES, 0)
         start = at + i * image.h
         if stream and channels >= LANES:
             for j in range(cols):
-                pixel_out(1, s, buffer_at + j * LANES, scale, bias, channel, floor, y, start + j * image.w, LANES)
+                pixel_out(1, s, wanted + j * LANES, scale, bias, channel, floor, y, start + j * image.w, LANES)
         elif image.c == 1:
             for j in range(cols):
-                pixel_out(0, s, buffer_at + j * LANES, scale, bias, channel, floor, y, start + j * image.w, channels)
+                pixel_out(0, s, wanted + j * LANES, scale, bias, channel, floor, y, start + j * image.w, channels)
         elif image.w == 1:
             for j in range(0, cols, LANES):
                 columns_out(
                     s,
-                    buffer_at + j * LANES,
+                    wanted + j * LANES,
                     LANES,
                     scale,
                     bias,
@@ -178,7 +183,7 @@ def rows_out(s: Any, s_at: int, y: Any, image: Any, tiling: Any, t: int, channel
                 )
         else:
             for j in range(cols):
-                here = buffer_at + j * LANES
+                here = wanted + j * LANES
                 pixel_out(0, s, here, scale, bias, channel, floor, s, here, LANES)
                 for c in range(min(LANES, channels)):
                     y[start + j * image.w + c * image.c] = s[here + c]
@@ -267,13 +272,9 @@ def filter_in(s: Any, at: int, taps: Any, codes: Any, s_at: int, buffer_at: int,
               im: int) -> None:  # fmt: skip
     """`f` = the spectra of one filter s[tap, 16] at `at`, a plane for each frequency."""
     row = 2 * (codes.n // 2 + 1) * LANES
-    num = taps.rows * taps.cols
     for i in range(taps.rows):
         for j in range(taps.cols):
-            t = i * taps.cols + j
-            if taps.turned:
-                t = num - 1 - t
-            move(s, at + t * LANES, s, buffer_at + j * taps.dilation_w * LANES)
+            move(s, at + (i * taps.cols + j) * LANES, s, buffer_at + j * taps.dilation_w * LANES)
         transform(codes.from_real, s, buffer_at, LANES, 0, s, s_at + i * taps.dilation_h * row, 2 * LANES, LANES)
     columns(s, s_at, codes, f, f_at, plane, im)
 

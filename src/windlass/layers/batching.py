@@ -56,21 +56,22 @@ def _vmap_conv2d(
 
 def _vmap_backward_input(
     info: Any, dims: Dims, grad: Tensor, weight: Tensor, out: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], groups: int, algorithm: str, channels_last: bool,
+    dilation: list[int], groups: int, algorithm: str, channels_last: bool, kept: Tensor | None = None,
 ) -> Batched:  # fmt: skip
     size, (dim_grad, dim_weight) = info.batch_size, dims[:2]
     geometry = (stride, padding, dilation)
     if dim_weight is None:
         assert dim_grad is not None
+        whole = kept if dims[9:] in ((), (None,)) else None  # it depends on the weights alone
         dx = BACKWARD_INPUT(
-            _into_batch(grad, dim_grad), weight, out, *geometry, groups, algorithm, channels_last
+            _into_batch(grad, dim_grad), weight, out, *geometry, groups, algorithm, channels_last, whole
         )  # fmt: skip
         return dx.unflatten(0, (size, dx.shape[0] // size)), 0
     grads, weights = _into_channels(grad, dim_grad, size), weight.movedim(dim_weight, 0).flatten(0, 1)
     x = (grads.shape[0], weights.shape[1] * size * groups, *out)
     if not _takes(algorithm, x, weights.shape, geometry, size * groups):
         rest = (out, *geometry, groups, algorithm, channels_last)
-        return _one_by_one(BACKWARD_INPUT, info, dims, (grad, weight, *rest))
+        return _one_by_one(BACKWARD_INPUT, info, dims[:9], (grad, weight, *rest))
     dx = BACKWARD_INPUT(grads, weights, out, *geometry, size * groups, algorithm, channels_last)
     return dx.unflatten(1, (size, dx.shape[1] // size)), 1
 

@@ -11,6 +11,10 @@ Theory of operation.  Each operator has a Python kernel at PyTorch's Autograd ke
 at work (the key set says so) it calls the CPU's kernel itself instead of dispatching again.  It works under
 `torch.func`: as PyTorch's own derivatives do, it records at the present level of transforms and sends the
 operator to the levels below.  And it differentiates forward (`jvp`).
+
+Where the gradient of the input will want what the forward pass has made of the weights (their spectra), a plain
+call saves it beside the weights.  It belongs to that call alone and goes with it; weights that have changed since
+are refused by autograd's own count of versions.  Everywhere else (graphs, transforms, subclasses) it is made anew.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 
 from windlass.layers.aten import is_channels_last
-from windlass.layers.operators import BACKWARD_INPUT, BACKWARD_WEIGHT, CONV2D, KERNELS, LIBRARY
+from windlass.layers.operators import BACKWARD_INPUT, BACKWARD_WEIGHT, CONV2D, KERNELS, LIBRARY, conv2d_keeping
 
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _PLAIN = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).add(torch._C.DispatchKey.AutogradCPU).raw_repr()
@@ -44,12 +48,15 @@ class _Conv2d(torch.autograd.Function):
     def forward(
         ctx: Any, lower: Lower | None, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
     ) -> Tensor:
-        y = _call(CONV2D, KERNELS["conv2d"], lower, (x, weight, bias, *geometry))
-        relu = geometry[-1]
         needs_x, needs_weight = ctx.needs_input_grad[1:3]
+        if lower is None and needs_x:
+            y, kept = conv2d_keeping(x, weight, bias, *geometry)
+        else:
+            y, kept = _call(CONV2D, KERNELS["conv2d"], lower, (x, weight, bias, *geometry)), None
+        relu = geometry[-1]
         ctx.set_materialize_grads(False)
         # Only what the wanted gradients need is kept alive; max(., 0) is undone by the output's own zeros.
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, y if relu else None)
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, y if relu else None, kept)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(x, weight, y)
         ctx.geometry, ctx.relu = geometry[:-1], relu
@@ -62,12 +69,12 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 10
-        x, weight, y = ctx.saved_tensors
+        x, weight, y, kept = ctx.saved_tensors
         if y is not None:
             grad = _threshold_backward(grad, y, 0)
         _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         (size, kernel), (x_format, weight_format) = ctx.sizes, ctx.formats
-        dx = BACKWARD_INPUT(grad, weight, size, *ctx.geometry, x_format) if needs_x else None
+        dx = BACKWARD_INPUT(grad, weight, size, *ctx.geometry, x_format, kept) if needs_x else None
         dw = BACKWARD_WEIGHT(x, grad, kernel, *ctx.geometry, weight_format) if needs_weight else None
         db = grad.sum((0, 2, 3)) if needs_bias else None
         return (None, dx, dw, db, *(None,) * 6)
@@ -90,14 +97,19 @@ class _BackwardInput(torch.autograd.Function):
     """dx, from the output's gradient and the weights."""
 
     @staticmethod
-    def forward(ctx: Any, lower: Lower | None, grad: Tensor, weight: Tensor, size: list[int], *geometry: Any) -> Tensor:
-        dx = _call(BACKWARD_INPUT, KERNELS["conv2d_backward_input"], lower, (grad, weight, size, *geometry))
+    def forward(
+        ctx: Any, lower: Lower | None, grad: Tensor, weight: Tensor, size: list[int], stride: list[int],
+        padding: list[int], dilation: list[int], groups: int, algorithm: str, channels_last: bool, *kept: Tensor,
+    ) -> Tensor:  # fmt: skip
+        geometry = (stride, padding, dilation, groups, algorithm)
+        args = (grad, weight, size, *geometry, channels_last, *kept)
+        dx = _call(BACKWARD_INPUT, KERNELS["conv2d_backward_input"], lower, args)
         needs_grad, needs_weight = ctx.needs_input_grad[1:3]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad if needs_weight else None, weight if needs_grad else None)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(grad, weight)
-        ctx.geometry, ctx.format = geometry[:-1], geometry[-1]
+        ctx.geometry, ctx.format = geometry, channels_last
         ctx.sizes = size, weight.shape[2:]
         ctx.weight_format = is_channels_last(weight)
         return dx
@@ -105,12 +117,12 @@ class _BackwardInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ddx: Tensor | None) -> tuple[Any, ...]:
         if ddx is None:
-            return (None,) * 10
+            return (None,) * len(ctx.needs_input_grad)
         grad, weight = ctx.saved_tensors
         _, needs_grad, needs_weight = ctx.needs_input_grad[:3]
         dg = CONV2D(ddx, weight, None, *ctx.geometry, False) if needs_grad else None
         dw = BACKWARD_WEIGHT(ddx, grad, ctx.sizes[1], *ctx.geometry, ctx.weight_format) if needs_weight else None
-        return (None, dg, dw, *(None,) * 7)
+        return (None, dg, dw, *(None,) * (len(ctx.needs_input_grad) - 3))
 
     @staticmethod
     def jvp(ctx: Any, _: None, dg: Tensor | None, dw: Tensor | None, *__: None) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from windlass.errors import ConfigError
 from windlass.kernels import convolve
+from windlass.kernels.workspace import ALIGNMENT, lasting
 from windlass.layers import aten
 from windlass.layers.aten import is_channels_last, memory_format
 from windlass.layers.choice import AUTO, remembered, resolve
@@ -32,10 +33,15 @@ _GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt gro
 
 SCHEMAS: dict[str, str] = {
     "conv2d": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, bool relu) -> Tensor",
-    "conv2d_backward_input": f"(Tensor grad, Tensor weight, SymInt[2] size, {_GEOMETRY}, bool channels_last) -> Tensor",
+    "conv2d_backward_input": (
+        f"(Tensor grad, Tensor weight, SymInt[2] size, {_GEOMETRY}, bool channels_last, Tensor? kept=None) -> Tensor"
+    ),
     "conv2d_backward_weight": f"(Tensor x, Tensor grad, SymInt[2] kernel, {_GEOMETRY}, bool channels_last) -> Tensor",
 }
-"""The operators and what they take.  `channels_last` is the memory format of the result."""
+"""The operators and what they take.
+
+`channels_last` is the memory format of the result; `kept` is what `conv2d_keeping` gave for the same weights.
+"""
 
 STORED = frozenset({torch.float32, torch.float16, torch.bfloat16})
 """The dtypes that Windlass's kernels compute, all in float32."""
@@ -54,29 +60,46 @@ def conv2d(
     dilation: Sequence[int], groups: int, algorithm: str, relu: bool,
 ) -> Tensor:  # fmt: skip
     """Returns y = conv(x, weight) + bias, on a CPU."""
+    return _forward(x, weight, bias, stride, padding, dilation, groups, algorithm, relu, keep=False)[0]
+
+
+def conv2d_keeping(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, algorithm: str, relu: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Returns y and what `conv2d_backward_input` can use again, or None (see `windlass.kernels.convolve`)."""
+    return _forward(x, weight, bias, stride, padding, dilation, groups, algorithm, relu, keep=True)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, algorithm: str, relu: bool, *, keep: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if not _has_kernels(x, weight, bias):
-        return aten.forward(x, weight, bias, stride, padding, dilation, groups, relu)
+        return aten.forward(x, weight, bias, stride, padding, dilation, groups, relu), None
     channels_last = is_channels_last(x) or is_channels_last(weight)
     text = "torch" if algorithm == AUTO and x.dtype is not torch.float32 else algorithm
-    shape, name = _plan(
-        "forward", x.shape, weight.shape, None,
-        (tuple(stride), tuple(padding), tuple(dilation), groups), text, channels_last,
-    )  # fmt: skip
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    shape, name = _plan("forward", x.shape, weight.shape, None, geometry, text, channels_last)
     if name == "torch":
-        return aten.forward(x, weight, bias, stride, padding, dilation, groups, relu)
+        return aten.forward(x, weight, bias, stride, padding, dilation, groups, relu), None
     if bias is not None and bias.shape != (shape.out_channels,):
         raise RuntimeError(f"windlass::conv2d: needs a bias of {shape.out_channels} numbers, got {tuple(bias.shape)}")
     y = _empty((shape.batch, shape.out_channels, shape.out_height, shape.out_width), channels_last)
+    num_kept = convolve.kept_floats(name, shape=shape) if keep else 0
+    if num_kept and _plan("input", x.shape, weight.shape, None, geometry, text, channels_last)[1] != name:
+        num_kept = 0
+    kept = torch.from_numpy(lasting(num_kept)) if num_kept else None
     convolve.forward(
         name, _array(x), _array(weight), None if bias is None else _array(bias), y.numpy(),
-        shape=shape, threads=torch.get_num_threads(), relu=relu,
+        shape=shape, threads=torch.get_num_threads(), relu=relu, kept=None if kept is None else kept.numpy(),
     )  # fmt: skip
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    return (y if x.dtype is torch.float32 else y.to(x.dtype)), kept
 
 
 def conv2d_backward_input(
     grad: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, algorithm: str, channels_last: bool,
+    dilation: Sequence[int], groups: int, algorithm: str, channels_last: bool, kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient of the input, of height and width `size`, on a CPU."""
     if not _has_kernels(grad, weight):
@@ -90,8 +113,9 @@ def conv2d_backward_input(
         return aten.backward_input(grad, weight, size, stride, padding, dilation, groups, channels_last)
     dx = _empty((shape.batch, shape.in_channels, shape.height, shape.width), channels_last)
     convolve.backward_input(
-        name, _array(grad), _array(weight), dx.numpy(), shape=shape, threads=torch.get_num_threads()
-    )
+        name, _array(grad), _array(weight), dx.numpy(), shape=shape, threads=torch.get_num_threads(),
+        kept=None if kept is None else _usable(kept, convolve.kept_floats(name, shape=shape)),
+    )  # fmt: skip
     return dx if grad.dtype is torch.float32 else dx.to(grad.dtype)
 
 
@@ -189,6 +213,14 @@ def _array(tensor: Tensor) -> npt.NDArray[np.float32]:
     return array
 
 
+def _usable(kept: Tensor, num: int) -> npt.NDArray[np.float32] | None:
+    """What was kept, if it is still as it was made and for this algorithm; their number tells the algorithm."""
+    if num == 0 or kept.dtype is not torch.float32 or kept.shape != (num,) or not kept.is_contiguous():
+        return None
+    array: npt.NDArray[np.float32] = kept.numpy(force=True)
+    return array if array.ctypes.data % ALIGNMENT == 0 else None
+
+
 def _empty(size: Sizes, channels_last: bool) -> Tensor:
     # Defaults for dtype and device can be changed by the user, so both are stated.
     return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=memory_format(channels_last))
@@ -203,7 +235,7 @@ def _conv2d_elsewhere(
 
 def _backward_input_elsewhere(
     grad: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, algorithm: str, channels_last: bool,
+    dilation: Sequence[int], groups: int, algorithm: str, channels_last: bool, kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return aten.backward_input(grad, weight, size, stride, padding, dilation, groups, channels_last)
 
@@ -246,7 +278,7 @@ def _fake_conv2d(
 
 def _fake_backward_input(
     grad: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, algorithm: str, channels_last: bool,
+    dilation: Sequence[int], groups: int, algorithm: str, channels_last: bool, kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _fake(grad, (grad.shape[0], weight.shape[1] * groups, size[0], size[1]), channels_last)
 

@@ -139,6 +139,21 @@ def plan_workspace_bytes(plan: Plan, graph: Graph, *, threads: int) -> int:
     )
 
 
+def plan_kept_bytes(plan: Plan, graph: Graph) -> int:
+    """Bytes of weights' spectra that all convolutions of the plan keep from the forward to the backward pass."""
+    layers, shapes = {layer.name: layer for layer in _conv_layers(graph)}, graph_convolutions(graph)
+    kept = [
+        (choice.forward, shapes[name])
+        for name, choice in conv_choices(plan, graph).items()
+        if choice.forward == choice.input != "torch" and "input" in _directions(layers[name])
+    ]
+    if not kept:
+        return 0
+    from windlass.kernels import convolve
+
+    return sum(4 * convolve.kept_floats(algorithm, shape=shape) for algorithm, shape in kept)
+
+
 def _conv_layers(graph: Graph) -> Sequence[Layer]:
     return [layer for layer in graph.layers if layer.kind.startswith("conv")]
 
