@@ -3,16 +3,29 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from windlass.backend.register import register as _register_backend
 from windlass.config import TrainConfig
 from windlass.engine.memory import keep_freed_memory
 from windlass.plan.plan import Plan
 from windlass.train import Result, train
 
 if TYPE_CHECKING:
-    from windlass import functional, layers
+    from windlass import backend, functional, layers
     from windlass.tuning.accelerate import accelerate
 
-__all__ = ["Plan", "Result", "TrainConfig", "accelerate", "functional", "keep_freed_memory", "layers", "train"]
+__all__ = [
+    "Plan",
+    "Result",
+    "TrainConfig",
+    "accelerate",
+    "backend",
+    "functional",
+    "keep_freed_memory",
+    "layers",
+    "train",
+]
+
+_register_backend()  # torch.distributed.init_process_group("windlass"), now or when PyTorch comes
 
 
 def __getattr__(name: str) -> object:
@@ -21,7 +34,7 @@ def __getattr__(name: str) -> object:
         from windlass.tuning.accelerate import accelerate
 
         return accelerate
-    if name in ("functional", "layers"):
+    if name in ("backend", "functional", "layers"):
         return import_module(f"windlass.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
