@@ -16,6 +16,9 @@ import pytest
 
 TIMEOUT_S = 120
 
+collect_ignore = ["backend/programs"]
+"""Programs of ranks, which import MPI; tests start them."""
+
 
 @dataclass(frozen=True)
 class Ended:

@@ -216,7 +216,7 @@ class Rank:
     def gather(self, value: Any) -> list[Any]:
         return [value, *self._gathered]
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Any, *, root: int = 0) -> Any:
         return value
 
     def barrier(self) -> None: ...

@@ -102,7 +102,31 @@ class EarlyStopConfig:
         _check_metric("early_stop.metric", self.metric)
 
 
-DEFAULT_TUNE = "off"
+@dataclass(frozen=True, kw_only=True)
+class ElasticConfig:
+    """What a run does when a rank dies.
+
+    Attributes:
+        enabled: go on without it, in the same processes where MPI can, else from the last checkpoint.
+        spares: ranks started beside the workers that wait to take a dead one's place.
+        max_restarts: how often the run is started again from its last checkpoint, where going on is impossible.
+        record_samples: write which samples each rank took in each step to ``samples/`` in the run folder.
+    """
+
+    enabled: bool = False
+    spares: int = 0
+    max_restarts: int = 3
+    record_samples: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses negative counts, and spares that nobody would call."""
+        _at_least("elastic.spares", self.spares, 0)
+        _at_least("elastic.max_restarts", self.max_restarts, 0)
+        if self.spares and not self.enabled:
+            raise ConfigError("elastic.spares: spare ranks wait for a death that ends a run: add --elastic")
+
+
+DEFAULT_TUNE = "auto"
 """How convolutions are chosen where nobody says otherwise, a key of `tuning.results.TUNES`."""
 
 
@@ -124,10 +148,11 @@ class TrainConfig:
         seed: of everything random.
         out: the run folder; empty: the next free ``runs/NETWORK-DATA-NNN``.
         plan: a plan file; empty: Windlass chooses.
-        tune: how it chooses the algorithms of convolutions: ``off`` (PyTorch's own), ``model`` or ``measure``.
+        tune: how it chooses the algorithms of convolutions: ``off`` (PyTorch's own), ``model``, ``measure``,
+            or ``auto``: measured where the run is long enough to win from it.
         accuracy: how much an algorithm may round: ``exact``, ``strict``, ``standard`` or ``fast``.
         workspace_mb: scratch memory that an algorithm may take, MiB per thread.
-        update, schedule, checkpoint, early_stop: see there.
+        update, schedule, checkpoint, early_stop, elastic: see there.
         threads: threads of a rank's tensor operations; 0: its share of the cores.
         log_every: a row of metrics every so many steps.
         stall_s: seconds without progress after which a run is given up (exit status 6).
@@ -149,6 +174,7 @@ class TrainConfig:
     schedule: Schedule = field(default_factory=Schedule)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     threads: int = 0
     log_every: int = 1
     stall_s: float = 300.0
@@ -171,6 +197,11 @@ class TrainConfig:
             raise ConfigError(
                 f"schedule.warmup_epochs: {self.schedule.warmup_epochs} is longer than the run of {self.epochs} epochs"
             )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that are started: the workers and the spares."""
+        return self.workers + self.elastic.spares
 
     def convolution_settings(self) -> Settings:
         """What the chooser of convolutions is asked for."""

@@ -99,7 +99,7 @@ class QuietDisplay:
 
     def handle(self, event: Event) -> None:
         """Warnings alone, on stderr."""
-        if event["kind"] in ("warning", "stall", "crash"):
+        if event["kind"] in ("warning", "stall", "crash", "lost"):
             print(event["message"], file=sys.stderr, flush=True)
 
 
@@ -209,7 +209,7 @@ class BarDisplay(QuietDisplay):
             case "end":
                 self._bar.update(self._task, visible=False)
                 self._print(*end_lines(event))
-            case "warning" | "stall" | "crash":
+            case "warning" | "stall" | "crash" | "lost":
                 self._print(event["message"])
 
     def _print(self, *lines: str) -> None:

@@ -4,12 +4,16 @@ One step: take this rank's shard of the global batch, run forward and backward, 
 ranks (during the backward pass where the plan says so), agree, update.  ``Agree`` is one small sum of seven
 numbers that carries the batch's loss and accuracy, and whether any rank was asked to stop, saw a number that
 is not finite, or wants a checkpoint: all ranks take the same branch in the same step, so none is left waiting.
+
+In an elastic run (`engine.elastic`) any operation between the ranks may raise `RankLost`.  The ranks then meet,
+go to the furthest place that one of them has reached (`engine.elastic_state`), and the loop begins again there.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +25,24 @@ from torch.nn import functional
 
 from windlass.config import better_when_lower
 from windlass.data.serving import Batch, BatchServer
-from windlass.engine.allreduce import ALLREDUCE
+from windlass.engine.allreduce import Allreduce
+from windlass.engine.elastic import Crew
+from windlass.engine.elastic_state import (
+    BufferMark,
+    Meeting,
+    Place,
+    SampleLog,
+    meet,
+    missing_rows,
+    pack_state,
+    unpack_state,
+)
 from windlass.engine.gradients import GradientAverager
 from windlass.engine.prefetch import prefetch
 from windlass.engine.timing import StepTimer
-from windlass.engine.watch import StopRequest
-from windlass.engine.world import sum_array, sum_over
-from windlass.errors import DataError, NonFiniteError, StoppedError, WindlassError, WriteError
+from windlass.engine.watch import JOINING, StopRequest
+from windlass.engine.world import RankLost, named_loss, sum_array, sum_over
+from windlass.errors import DataError, LostRankError, NonFiniteError, StoppedError, WindlassError, WriteError
 from windlass.objective import main_output, objective
 from windlass.optim.build import build_optimizer, set_learning_rate
 from windlass.prepare import Prepared
@@ -54,6 +69,8 @@ SHOW_S = 0.1
 """Seconds between two events of progress."""
 FETCH_AHEAD = 4
 """Batches under way per data thread, when images are files."""
+KEPT_ROWS = 4
+"""Rows of metrics that every rank of an elastic run remembers for the one that writes them."""
 
 
 class Trainer:
@@ -65,20 +82,34 @@ class Trainer:
         stop: asked from outside to stop.
         note: told what is being done, for the watchdog.
         writer: takes rows of metrics on rank 0; None elsewhere and in a dry run.
+        crew: the ranks of an elastic run.
+        reopen: makes a writer where the one who had it has died.
     """
 
     def __init__(
-        self, prepared: Prepared, *, emit: Emit, stop: StopRequest, note: Note, writer: MetricsWriter | None
+        self,
+        prepared: Prepared,
+        *,
+        emit: Emit,
+        stop: StopRequest,
+        note: Note,
+        writer: MetricsWriter | None,
+        crew: Crew | None = None,
+        reopen: Callable[[Progress], MetricsWriter] | None = None,
     ) -> None:
         self.prepared, self.world, self.config = prepared, prepared.world, prepared.job.config
         plan = prepared.plan
-        self._emit, self._stop, self._note, self._writer = emit, stop, note, writer
+        self._emit, self._stop, self._note, self.writer = emit, stop, note, writer
+        self._crew, self._reopen = crew, reopen
         self._layout = MEMORY_FORMATS[str(plan.value("layout"))]
         self.module = prepared.module.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._hidden_s = 0.0
+        self._sent = (0, 0)
+        self.allreduce = self._allreduce()
         self.averager = GradientAverager(
             self.module,
-            start_sum=ALLREDUCE[str(plan.value("allreduce"))](self.world),
-            alone=self.world.size == 1,
+            start_sum=self.allreduce.start,
+            alone=self.world.size == 1 and crew is None,
             bucket_bytes=int(plan.value("bucket_bytes")),
             overlap=bool(plan.value("overlap")),
         )
@@ -90,6 +121,13 @@ class Trainer:
         self._first_step = 0
         self._last: dict[str, float] = {}
         self._failure: WindlassError | None = None  # met on this rank alone; all ranks hear of it when they agree
+        self._status = "done"
+        self._owed: dict[str, float] | None = None  # metrics of a checkpoint that is begun and not ended
+        self._begun = 0  # samples of the step under way
+        self._rows: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
+        self._lost_at, self._repeated, self._is_new = 0, 0, False
+        self._mark = BufferMark(self.module) if crew is not None else None
+        self._samples = self._sample_log()
         self._restore()
 
     def run(self) -> Summary:
@@ -98,22 +136,35 @@ class Trainer:
         Raises:
             StoppedError: asked to stop; a checkpoint is written.
             NonFiniteError: a loss or gradient was NaN or infinite; the weights are those before that step.
+            LostRankError: a rank died, and the others cannot go on without it.
         """
-        config, progress = self.config, self.progress
-        status = "done"
-        while progress.epoch < config.epochs:
+        while True:
+            try:
+                return self._go_on()
+            except Exception as error:
+                loss = named_loss(error, "an allreduce")
+                if not isinstance(loss, RankLost):
+                    raise
+                self.recover(loss)
+
+    def _go_on(self) -> Summary:
+        """From where the run stands to its end."""
+        if self._owed is not None:
+            self._save(self._owed)
+        while self._status == "done" and self.progress.epoch < self.config.epochs:
             self._train_epoch()
-            if self._finish_epoch():
-                status = "early"
-                break
+            self._finish_epoch()
         seconds = time.monotonic() - self._started
-        return Summary(status, progress.step, seconds, dict(self._last))
+        return Summary(self._status, self.progress.step, seconds, dict(self._last))
 
     def step(self, batch: Batch) -> Agreed:
         """One step of synchronous SGD on this rank's shard; the update is left out when something is bad."""
         timer, progress = self._timer, self.progress
         # Not torch.manual_seed: it queues a call for a GPU, with its traceback, at a millisecond a step.
         torch.default_generator.manual_seed(step_seed(self.config.seed, step=progress.step, rank=self.world.rank))
+        if self._mark is not None:
+            self._mark.mark()
+        self._begun = batch.global_count
         self.averager.begin()
         with timer.part("forward"):
             self._note("forward", progress.step + 1)
@@ -123,6 +174,7 @@ class Trainer:
             if loss is not None:
                 loss.backward()  # type: ignore[no-untyped-call]
             finite = self.averager.finish_backward()
+        self._hidden_s = self.averager.under_way_s()
         with timer.part("communication"):
             self._note("the allreduce", progress.step + 1)
             local_loss = loss.item() if loss is not None else 0.0
@@ -136,7 +188,18 @@ class Trainer:
             set_learning_rate(self.optimizer, self.learning_rate)
             self.optimizer.step()
         progress.step += 1
+        self._settle()
         return agreed
+
+    def _allreduce(self) -> Allreduce:
+        plan = self.prepared.plan
+        return Allreduce(self.world, str(plan.value("allreduce")), fixed_order=bool(plan.value("fixed_order")))
+
+    def _settle(self) -> None:
+        """What was begun is done: nothing of it is taken back any more."""
+        self._begun = 0
+        if self._mark is not None:
+            self._mark.forget()
 
     @property
     def learning_rate(self) -> float:
@@ -158,6 +221,7 @@ class Trainer:
                 self._note("waiting for data", progress.step + 1)
                 batch = self._next(batches)
             lr = self.learning_rate
+            self._log_samples(batch)
             agreed = self.step(batch)
             progress.position += 1
             self._record(agreed, lr)
@@ -190,9 +254,10 @@ class Trainer:
         raise next(error for error in self.world.gather(self._failure) if error is not None)
 
     def _write_row(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
         try:
-            if self._writer is not None:
-                self._writer.write(row)
+            if self.writer is not None:
+                self.writer.write(row)
         except WriteError as error:
             self._failure = error
 
@@ -257,12 +322,29 @@ class Trainer:
             "lr": lr,
             "images": int(agreed.seen),
             **times,
+            **self._traffic(),
         }
+        if self._crew is not None:
+            row["world"] = self._crew.generation
         if progress.step % self.config.log_every == 0:
             self._write_row(row)
         if self.world.rank == 0 and time.monotonic() - self._shown > SHOW_S:
             self._shown = time.monotonic()
             self._emit({**row, "eta_s": self.remaining_s(), **self.running()})
+        self.tell_losses()
+
+    def _traffic(self) -> dict[str, float]:
+        """What this step's sums moved: hidden seconds, and bytes as the schedules say and as counted."""
+        if self.world.size == 1:
+            return {}
+        counted, planned = self.allreduce.counted_bytes, self.allreduce.traffic.predicted_bytes
+        row = {
+            "hidden_s": self._hidden_s,
+            "sent_bytes": counted - self._sent[0],
+            "planned_bytes": planned - self._sent[1],
+        }
+        self._sent = (counted, planned)
+        return row
 
     def running(self) -> dict[str, float]:
         """The epoch so far, for the eye."""
@@ -281,12 +363,14 @@ class Trainer:
         left = self.config.epochs * self.prepared.train.num_steps - self.progress.step
         return left * (time.monotonic() - self._started) / max(done, 1)
 
-    def _finish_epoch(self) -> bool:
-        """Evaluates, records, saves; says whether the run should end early."""
+    def _finish_epoch(self) -> None:
+        """Evaluates, records, saves; notes whether the run should end early."""
         progress = self.progress
+        self._count_samples()
         running = self.running() if progress.seen else dict.fromkeys(
             ("loss", "accuracy", "images_per_s", "data_share"), math.nan)  # fmt: skip
         test_loss, test_accuracy = self.evaluate()
+        self.tell_losses()
         metrics = {
             "train_loss": running["loss"],
             "train_accuracy": running["accuracy"],
@@ -300,13 +384,13 @@ class Trainer:
         if self.world.rank == 0:
             self._emit({**row, "eta_s": self.remaining_s()})
         ends = self._no_longer_improves(metrics)
+        self._status = "early" if ends else self._status
         progress.epoch, progress.position = progress.epoch + 1, 0
         progress.begin_epoch()
         every = self.config.checkpoint.every_epochs
         last = ends or progress.epoch == self.config.epochs
         if not self.prepared.job.dry_run and (last or (every and progress.epoch % every == 0)):
             self._save(metrics)
-        return ends
 
     def _no_longer_improves(self, metrics: dict[str, float]) -> bool:
         rules, progress = self.config.early_stop, self.progress
@@ -321,6 +405,8 @@ class Trainer:
         Raises:
             StoppedError: asked to stop meanwhile; the checkpoint stands before the evaluation.
         """
+        if self._mark is not None:
+            self._mark.mark()
         average_buffers(self.module, self.world)
         self.module.eval()
         server, total = self.prepared.test, [0.0, 0.0, 0.0, 0.0, 0.0]
@@ -329,6 +415,7 @@ class Trainer:
             for number in range(server.num_steps):
                 self._note("evaluation", number + 1)
                 score = self._score(self._next(batches))
+                self._note("the evaluation's sum", number + 1)
                 parts = sum_over(self.world, [*score, self._stop.reason is not None, self._failure is not None])
                 total = [a + b for a, b in zip(total, parts, strict=True)]
                 if total[4] > 0:
@@ -336,6 +423,7 @@ class Trainer:
                 if total[3] > 0:
                     break
         self.module.train()
+        self._settle()
         if total[3] > 0:
             self._stop_here()
         return total[0] / total[2], total[1] / total[2]
@@ -359,7 +447,8 @@ class Trainer:
 
     def _save(self, metrics: dict[str, float]) -> str:
         """Writes a checkpoint; every rank takes part, rank 0 writes."""
-        self._note("checkpoint", self.progress.step)
+        self._owed = metrics
+        self._note("checkpoint" if self.world.rank == 0 else "the checkpoint's end", self.progress.step)
         ranks = gather_rank_tensors(self.module, self.world)
         failure: Exception | None = self._failure
         if self.world.rank == 0 and failure is None:
@@ -368,6 +457,7 @@ class Trainer:
             except Exception as error:
                 failure = error
         failure = self.world.broadcast(failure)
+        self._owed = None
         if failure is not None:
             raise failure
         self._saved = time.monotonic()
@@ -401,6 +491,115 @@ class Trainer:
         row = {"kind": "checkpoint", "step": self.progress.step, "name": path.name, "best": best == path}
         self._write_row(row)
         self._emit(row)
+
+    def recover(self, loss: RankLost) -> None:
+        """Goes on with the ranks that live, from the furthest place that one of them has reached.
+
+        Raises:
+            LostRankError: they cannot go on.
+        """
+        if self._crew is None or not self._crew.survives:
+            raise loss
+        while True:
+            self._note("the recovery", self.progress.step)
+            self._crew.recover()
+            self.averager.abandon()
+            if self.rejoin():
+                return
+
+    def rejoin(self) -> bool:
+        """Takes this rank's new seat and catches up with the others; False when another rank was lost meanwhile."""
+        assert self._crew is not None and self._crew.world is not None
+        self.world = self._crew.world
+        self.prepared.seat(self.world)
+        self._note(JOINING, self.progress.step)
+        try:
+            self.allreduce, self._sent = self._allreduce(), (0, 0)
+            self.averager.use(self.allreduce.start)
+            meeting = self._meet()
+        except Exception as error:
+            if isinstance(named_loss(error, "the ranks' meeting"), RankLost):
+                return False
+            raise
+        seed_rank(self.config.seed, step=self.progress.step, rank=self.world.rank)
+        self._lost_at, self._repeated = self.progress.step, meeting.repeated
+        if self.world.rank == 0 and self.writer is None:
+            self._take_over(meeting.rows)
+        return True
+
+    def rehearse(self) -> None:
+        """What a spare does before it waits: a step for nothing, so that none of its own is its first."""
+        self.module.train()
+        self.step(self.prepared.train.fetch(0, 0))
+        self.progress, self._is_new = Progress(), True
+
+    def _meet(self) -> Meeting:
+        """Brings this rank to the furthest place."""
+        position = None if self._is_new else (self.progress.epoch, self.progress.position)
+        place = Place(position, self._owed, self._status, self._begun, tuple(self._rows))
+        meeting = meet([Place(*other) for other in self.world.gather(tuple(place))])
+        if meeting is None:
+            raise LostRankError("every rank that knew the weights has died")
+        is_there = position == meeting.position
+        if is_there and self._mark is not None:
+            self._mark.roll_back()
+        if not meeting.everyone_there:
+            state = self._pack() if self.world.rank == meeting.source else None
+            state = self.world.broadcast(state, root=meeting.source)
+            if not is_there:
+                self._unpack(state)
+        self._settle()
+        self._owed, self._status = meeting.owed, meeting.status
+        return meeting
+
+    def _pack(self) -> dict[str, Any]:
+        state = pack_state(self.module, self.optimizer, self.averager.groups)
+        return state | {"progress": dict(self.progress.__dict__), "last": self._last}
+
+    def _unpack(self, state: dict[str, Any]) -> None:
+        unpack_state(state, self.module, self.optimizer, self.averager.groups, buffers=self._is_new)
+        self.progress, self._last = Progress(**state["progress"]), state["last"]
+        if self._is_new:
+            self._first_step, self._is_new = self.progress.step, False
+
+    def _take_over(self, rows: tuple[dict[str, Any], ...]) -> None:
+        """This rank writes from now on, first what the one before it did not get to write."""
+        if self._reopen is None:
+            return
+        try:
+            self.writer = self._reopen(self.progress)
+            for row in missing_rows(self.writer.rows_at_start, rows):
+                self.writer.write(row)
+        except WriteError as error:
+            self._failure = error
+
+    def tell_losses(self) -> None:
+        """Once the ranks have gone on: who died, how soon that was noticed, how soon all went on."""
+        if self._crew is None or not self._crew.untold:
+            return
+        row = self._crew.tell(step=self._lost_at)
+        row |= {"step": self._lost_at, "epoch": self.progress.epoch, "repeated": self._repeated}
+        self._write_row(row)
+        self._emit(row)
+
+    def _count_samples(self) -> None:
+        """Every sample counts once in an epoch, whoever died; if that should fail, it is said."""
+        missing = self.prepared.train.num_samples - int(self.progress.seen)
+        if self._crew is not None and missing:
+            message = f"epoch {self.progress.epoch + 1}: {missing} samples did not count once"
+            self._emit({"kind": "warning", "message": message})
+
+    def _sample_log(self) -> SampleLog | None:
+        if self._crew is None or not self.config.elastic.record_samples or self.prepared.job.dry_run:
+            return None
+        return SampleLog(Path(self.prepared.job.folder), rank=self._crew.me.rank)
+
+    def _log_samples(self, batch: Batch) -> None:
+        if self._samples is not None and self._crew is not None:
+            progress = self.progress
+            self._samples.write(
+                step=progress.step + 1, epoch=progress.epoch, generation=self._crew.generation, ids=batch.ids
+            )
 
     def _restore(self) -> None:
         checkpoint, world = self.prepared.checkpoint, self.world

@@ -29,13 +29,14 @@ from windlass.job import Job
 from windlass.networks import NETWORKS, build_network, input_size
 from windlass.networks.capture import capture
 from windlass.plan.graph import Graph
-from windlass.plan.plan import Plan, plan_from_mapping
+from windlass.plan.plan import Choice, Plan, plan_from_mapping
 from windlass.runs.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from windlass.tuning.choose import choose_plan
 from windlass.tuning.convolution import OnEvent, make_tuner
 from windlass.tuning.cost import Layout
 from windlass.tuning.network import apply_plan, complete, tune_network, with_convolutions
 from windlass.tuning.results import Settings
+from windlass.tuning.worth import decide_tuning
 
 T = TypeVar("T")
 
@@ -61,6 +62,12 @@ class Prepared:
     threads: int
     checkpoint: Checkpoint | None = None
 
+    def seat(self, world: World) -> None:
+        """From now on this rank is one of `world`: it serves that one's shards."""
+        self.world = world
+        for server in (self.train, self.test):
+            server.seat(world.rank, world.size)
+
 
 def prepare(
     job: Job,
@@ -83,7 +90,7 @@ def prepare(
         ConfigError, DataError: on every rank alike.
     """
     config = job.config
-    threads = config.threads or threads_per_rank(world.local_size)
+    threads = config.threads or threads_per_rank(min(world.local_size, config.workers))  # spares wait
     torch.set_num_threads(threads)
     dataset = on_all(world, lambda: open_dataset(config.data.source, holdout=config.data.holdout))
     size = image_size(config, dataset)
@@ -91,7 +98,8 @@ def prepare(
     network = module or on_all(world, lambda: network_for(config, dataset, size))
     graph = on_root(world, lambda: captured(config, network, channels=dataset.image_shape[0], size=size,
                                             num_classes=dataset.num_classes))  # fmt: skip
-    choose = functools.partial(plan_for, config, graph, network, threads=threads, on_event=on_event)
+    steps = config.epochs * -(-len(dataset.train) // config.batch)
+    choose = functools.partial(plan_for, config, graph, network, steps=steps, threads=threads, on_event=on_event)
     plan = on_root_alone(world, choose, note=lambda: note("waiting for rank 0, which measures", 0))
     network = on_all(world, lambda: apply_plan(plan, graph, network))
     serve = {
@@ -138,11 +146,19 @@ def captured(config: TrainConfig, module: torch.nn.Module, *, channels: int, siz
     return capture(module, (share, channels, size, size), name=config.network, num_classes=num_classes)
 
 
-def plan_for(config: TrainConfig, graph: Graph, module: torch.nn.Module, *, threads: int, on_event: OnEvent) -> Plan:
-    """The plan in the configuration's file, checked and completed, or the one Windlass chooses."""
+def plan_for(
+    config: TrainConfig, graph: Graph, module: torch.nn.Module, *, steps: int, threads: int, on_event: OnEvent
+) -> Plan:
+    """The plan in the configuration's file, checked and completed, or the one Windlass chooses for so many steps."""
     settings = config.convolution_settings()
     if not config.plan:
         plan = choose_plan(graph, workers=config.workers, batch=config.batch)
+        if settings.tune == "auto" and settings.accuracy != "exact":
+            tune, reason = decide_tuning(graph, steps=steps, threads=threads, accuracy=settings.accuracy)
+            settings = dataclasses.replace(settings, tune=tune)
+            if tune == "off":
+                lever = Choice("torch", f"PyTorch's own (oneDNN): {reason}")
+                return dataclasses.replace(plan, levers={**plan.levers, "convolution": lever})
         if settings.tune == "off" or settings.accuracy == "exact":
             return plan
         return _tuned(plan, graph, module, settings=settings, threads=threads, on_event=on_event)

@@ -8,25 +8,30 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from windlass.engine.agree import on_all, on_root
+from windlass.engine.allreduce import Allreduce
+from windlass.engine.elastic import STANDING_BY, Crew
 from windlass.engine.watch import StopRequest
-from windlass.engine.world import World
+from windlass.engine.world import LocalWorld, RankLost, World
 from windlass.errors import ConfigError, StoppedError, WindlassError, WriteError
 from windlass.job import Job
 from windlass.loop import Emit, Note, Trainer
 from windlass.optim.rules import UPDATE_RULES
 from windlass.plan.graph import Graph
 from windlass.prepare import Prepared, prepare
-from windlass.progress import Summary
+from windlass.progress import Progress, Summary
 from windlass.report.page import write_report
 from windlass.report.units import num_bytes, plain
 from windlass.runs.checkpoint import MANIFEST, list_checkpoints, set_aside_later
 from windlass.runs.folder import check_writable, describe_machine, free_bytes, memory_bytes, write_folder
-from windlass.runs.metrics import MetricsWriter
-from windlass.tuning.network import plan_workspace_bytes
+from windlass.runs.metrics import FLUSH_S, MetricsWriter, load_board
+from windlass.tuning.network import plan_kept_bytes, plan_workspace_bytes
 
+TRIED_SIZES = (1 << 10, 1 << 16, 1 << 20)
+"""Elements of the sums that ranks of an elastic run try beforehand."""
 OPTIMIZER_COPIES = {"SGD": 1, "Adagrad": 1, "Adam": 2, "AdamW": 2}
 """Tensors of the parameters' size that PyTorch's optimizers keep."""
 
@@ -39,8 +44,18 @@ def run_rank(
     stop: StopRequest,
     note: Note,
     module: torch.nn.Module | None = None,
+    crew: Crew | None = None,
 ) -> Summary:
     """Prepares, checks, trains, and writes the run folder with its report; every rank calls it.
+
+    Args:
+        job: what to run.
+        world: all ranks, spare ones too.
+        emit: takes events for a person, of whichever rank leads.
+        stop: asked from outside to stop.
+        note: told what is being done, for the watchdog.
+        module: the network itself, instead of its name; one worker only.
+        crew: the ranks of an elastic run.
 
     Raises:
         WindlassError: whatever ended the run, on every rank alike.
@@ -55,51 +70,122 @@ def run_rank(
 
     prepared = prepare(job, world, module=module, on_event=on_event, note=note)
     checks = on_root(world, lambda: check_resources(prepared))
-    if job.dry_run:
-        return _dry_run(prepared, checks, emit=emit, stop=stop, note=note)
-    hosts = world.gather(world.host)
-    on_root(world, lambda: _write_folder(prepared, hosts))
-    step = prepared.checkpoint.step if prepared.checkpoint else 0
-    writer = on_all(world, lambda: _writer(prepared, emit) if world.rank == 0 else None)
-    emit(_begin_event(prepared, step))
+    if not job.dry_run:
+        hosts = world.gather(world.host)
+        on_root(world, lambda: _write_folder(prepared, hosts))
+    if crew is None:
+        return _dry_run(prepared, checks, emit=emit, stop=stop, note=note) if job.dry_run else _lead(
+            prepared, emit=emit, stop=stop, note=note)  # fmt: skip
+    _try_sums(prepared)
+    prepared.seat(crew.world or LocalWorld())
+    if crew.world is None:
+        return _stand_by(prepared, crew, emit=emit, stop=stop, note=note)
+    if not crew.survives:
+        emit({"kind": "warning", "message": "this MPI cannot go on without a lost rank: a loss starts the run again "
+              "from its last checkpoint"})  # fmt: skip
     try:
-        summary = _train(prepared, emit=emit, stop=stop, note=note, writer=writer)
+        if job.dry_run:
+            return _dry_run(prepared, checks, emit=emit, stop=stop, note=note)
+        load_board()
+        return _lead(prepared, emit=emit, stop=stop, note=note, crew=crew)
     finally:
-        if writer is not None:
-            note("the report", 0)
-            _warn(emit, "the last rows could not be written", writer.close)
-            folder = Path(job.folder)
-            _warn(emit, "the report could not be written", lambda: write_report([folder], folder / "report.html"))
-    emit({"kind": "end", **summary.__dict__, "folder": job.folder, "best": best_checkpoint(prepared)})
-    world.barrier()
-    return summary
+        crew.dismiss()
+
+
+def _try_sums(prepared: Prepared) -> None:
+    """Everyone sums something once, spares too: kernels are loaded before they are needed in a hurry."""
+    plan = prepared.plan
+    allreduce = Allreduce(
+        prepared.world, str(plan.value("allreduce")), fixed_order=bool(plan.value("fixed_order"))
+    )  # fmt: skip
+    for size in TRIED_SIZES:
+        send, receive = np.zeros(size, dtype=np.float32), np.empty(size, dtype=np.float32)
+        allreduce.start(send, receive).wait()
+    allreduce.close()
+
+
+def _lead(prepared: Prepared, *, emit: Emit, stop: StopRequest, note: Note, crew: Crew | None = None) -> Summary:
+    """What a rank with a seat does."""
+    world = prepared.world
+    writer = on_all(world, lambda: _writer(prepared, emit) if world.rank == 0 else None)
+    emit(_begin_event(prepared, prepared.checkpoint.step if prepared.checkpoint else 0))
+    trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=writer, crew=crew, reopen=_reopen(prepared))
+    return _train(trainer, emit=emit, note=note)
+
+
+def _stand_by(prepared: Prepared, crew: Crew, *, emit: Emit, stop: StopRequest, note: Note) -> Summary:
+    """What a spare does: makes everything ready, waits, and trains if it is called."""
+    load_board()
+    trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=None, crew=crew, reopen=_reopen(prepared))
+    trainer.rehearse()
+    note(STANDING_BY, 0)
+    if not crew.stand_by(lambda: note(STANDING_BY, 0)):
+        return Summary("spare", 0, 0.0, {})
+    try:
+        if not trainer.rejoin():
+            trainer.recover(RankLost("a rank died while a spare took its seat"))
+        return _train(trainer, emit=emit, note=note)
+    finally:
+        crew.dismiss()
+
+
+def _reopen(prepared: Prepared) -> Callable[[Progress], MetricsWriter]:
+    """How a rank goes on with the metrics of one that died; every row is on its way to the disk at once."""
+    folder = Path(prepared.job.folder)
+    return lambda progress: MetricsWriter(folder, step=progress.step, epoch=progress.epoch, flush_s=0.0)
 
 
 def _writer(prepared: Prepared, emit: Emit) -> MetricsWriter:
     """Opens the metrics; of a run that resumes, what came after the checkpoint is dropped or set aside."""
     folder, checkpoint = Path(prepared.job.folder), prepared.checkpoint
+    flush_s = 0.0 if prepared.job.config.elastic.enabled else FLUSH_S
     if checkpoint is None:
-        return MetricsWriter(folder, step=0)
+        return MetricsWriter(folder, step=0, flush_s=flush_s)
     for path in set_aside_later(checkpoint.path.parent, checkpoint.step):
         emit({"kind": "warning", "message": f"{path.name} is later than this start: now abandoned-{path.name}"})
-    writer = MetricsWriter(folder, step=checkpoint.step, epoch=int(checkpoint.manifest["progress"]["epoch"]))
+    epoch = int(checkpoint.manifest["progress"]["epoch"])
+    writer = MetricsWriter(folder, step=checkpoint.step, epoch=epoch, flush_s=flush_s)
     writer.write({"kind": "resume", "step": checkpoint.step, "workers": prepared.world.size})
     return writer
 
 
-def _train(prepared: Prepared, *, emit: Emit, stop: StopRequest, note: Note, writer: MetricsWriter | None) -> Summary:
-    trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=writer)
+def _train(trainer: Trainer, *, emit: Emit, note: Note) -> Summary:
+    """The run itself, and what is written and said at its end, by whichever rank then leads."""
     end: dict[str, Any] = {"kind": "end", "status": "failed", "message": "internal error"}
     try:
         summary = trainer.run()
         end |= {"status": summary.status, "message": "", "seconds": summary.seconds}
-        return summary
     except WindlassError as error:
         end |= {"status": "stopped" if isinstance(error, StoppedError) else "failed", "message": str(error)}
         raise
     finally:
-        if writer is not None:
-            _try(lambda: writer.write(end | {"step": trainer.progress.step, "best": best_checkpoint(prepared)}))
+        _close(trainer, end, emit=emit, note=note)
+    prepared = trainer.prepared
+    while True:
+        event = {"kind": "end", **summary.__dict__, "folder": prepared.job.folder, "best": best_checkpoint(prepared)}
+        try:
+            note("the end", 0)
+            trainer.world.barrier()
+            emit(event)
+            return summary
+        except RankLost as loss:  # perhaps the one that was to write the report
+            trainer.recover(loss)
+            trainer.tell_losses()
+            _close(trainer, end, emit=emit, note=note)
+
+
+def _close(trainer: Trainer, end: dict[str, Any], *, emit: Emit, note: Note) -> None:
+    """Writes the last row and the report, on the rank that writes."""
+    writer, prepared = trainer.writer, trainer.prepared
+    if writer is None:
+        return
+    last = {"step": trainer.progress.step, "allreduce": trainer.allreduce.describe()}
+    _try(lambda: writer.write(end | last | {"best": best_checkpoint(prepared)}))
+    note("the report", 0)
+    _warn(emit, "the last rows could not be written", writer.close)
+    folder = Path(prepared.job.folder)
+    _warn(emit, "the report could not be written", lambda: write_report([folder], folder / "report.html"))
+    trainer.writer = None
 
 
 def _try(action: Callable[[], None]) -> None:
@@ -214,6 +300,7 @@ def check_resources(prepared: Prepared) -> dict[str, str]:
     rule, folder = config.update.name, Path(prepared.job.folder)
     scratch = plan_workspace_bytes(prepared.plan, prepared.graph, threads=prepared.threads)
     tensors = worker_bytes(prepared.graph, update_rule=rule, world_size=world.size)
+    tensors += plan_kept_bytes(prepared.plan, prepared.graph)
     needed = world.local_size * (tensors + scratch)
     available = memory_bytes("MemAvailable")
     if available and needed > available:

@@ -5,6 +5,7 @@ Nothing here imports PyTorch before the configuration and the data's files have 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import tempfile
@@ -21,6 +22,7 @@ from windlass.config import config_from_layers, read_yaml, saved_config
 from windlass.data import check_dataset
 from windlass.display import make_display
 from windlass.engine.channel import Channel
+from windlass.engine.elastic import Crew
 from windlass.engine.launch import Launcher, Outcome, threads_per_rank
 from windlass.engine.watch import StopRequest, Watchdog
 from windlass.engine.world import join_world, world_from_environment
@@ -151,14 +153,22 @@ def make_job(
         layers = [_plan_layer(Path(str(given["plan"]))), *layers]
     started = world_from_environment()
     if started is not None:
-        if int(given.get("workers", started[1])) != started[1]:
+        workers = started[1] - _spares(layers)
+        if int(given.get("workers", workers)) != workers:
             raise ConfigError(f"workers: mpiexec or srun started {started[1]} ranks, --workers says {given['workers']}")
-        layers = [*layers, {"workers": started[1]}]
+        layers = [*layers, {"workers": workers}]
     config = config_from_layers(layers)
     check_dataset(config.data.source, holdout=config.data.holdout)
     folder = choose_folder(config.out, network=config.network, source=config.data.source, resume=resume or dry_run)
     check_writable(folder)
     return Job(config, str(folder), resume, resume_from, dry_run)
+
+
+def _spares(layers: list[Mapping[str, Any]]) -> int:
+    """Spare ranks among those that were started."""
+    elastic = [layer["elastic"] for layer in layers if isinstance(layer.get("elastic"), Mapping)]
+    spares = [rules["spares"] for rules in elastic if "spares" in rules]
+    return int(spares[-1]) if spares else 0
 
 
 def _layers_to_resume(layers: list[Mapping[str, Any]], out: str) -> list[Mapping[str, Any]]:
@@ -217,7 +227,7 @@ def execute(job: Job, *, on_event: OnEvent, module: torch.nn.Module | None = Non
         WindlassError: how the run ended, if not well.
     """
     collector = _Collector(on_event)
-    if world_from_environment() is not None or job.config.workers == 1:
+    if world_from_environment() is not None or job.config.num_ranks == 1:
         summary = _run_here(job, collector, module, watch)
         collector.end = collector.end or {**summary.__dict__, "best": None}  # only rank 0 sees events
     else:
@@ -227,7 +237,9 @@ def execute(job: Job, *, on_event: OnEvent, module: torch.nn.Module | None = Non
 
 def _run_here(job: Job, on_event: OnEvent, module: torch.nn.Module | None, watch: bool) -> Summary:
     """This process is the rank."""
-    world = join_world(job.config.workers)
+    config = job.config
+    crew = Crew(config.workers) if config.elastic.enabled and config.num_ranks > 1 else None
+    world = crew.everyone if crew else join_world(config.workers)
     stop = StopRequest()
     channel = Channel(None, on_stop=stop.ask)
 
@@ -242,14 +254,14 @@ def _run_here(job: Job, on_event: OnEvent, module: torch.nn.Module | None, watch
     watchdog = Watchdog(channel, stall_s=stall_s, on_stall=on_stall)
 
     def emit(event: Event) -> None:
-        if world.rank == 0:
+        if crew.leads if crew else world.rank == 0:
             on_event(event)
 
     from windlass.session import run_rank
 
     try:
         with _signals(stop.install):
-            return run_rank(job, world, emit=emit, stop=stop, note=watchdog.note, module=module)
+            return run_rank(job, world, emit=emit, stop=stop, note=watchdog.note, module=module, crew=crew)
     except WindlassError:
         raise
     except Exception:
@@ -267,15 +279,40 @@ def _run_here(job: Job, on_event: OnEvent, module: torch.nn.Module | None, watch
 
 
 def _launch(job: Job, on_event: OnEvent) -> None:
-    """Starts the ranks and raises what ended them, if not well."""
+    """Starts the ranks and raises what ended them, if not well; an elastic run may be started again."""
+    rules = job.config.elastic
+    outcome = _run_ranks(job, on_event)
+    for restart in range(rules.max_restarts if rules.enabled else 0):
+        if outcome.code != LostRankError.exit_code or job.dry_run:
+            break
+        job, where = _restarted(job)
+        message = f"{outcome.message}\nstarting again {where} (restart {restart + 1} of at most {rules.max_restarts})"
+        on_event({"kind": "warning", "message": message})
+        outcome = _run_ranks(job, on_event)
+    raise_outcome(outcome)
+
+
+def _restarted(job: Job) -> tuple[Job, str]:
+    """The job from its newest checkpoint that is whole, else from its beginning; and that in words."""
+    from windlass.runs.checkpoint import newest_whole
+
+    newest = newest_whole(Path(job.folder) / "checkpoints")
+    if newest is None:
+        return dataclasses.replace(job, resume=False, resume_from=""), "from the beginning"
+    return dataclasses.replace(job, resume=True, resume_from=newest.name), f"from {newest.name}"
+
+
+def _run_ranks(job: Job, on_event: OnEvent) -> Outcome:
+    """Starts the ranks and says how they ended."""
     config = job.config
     launcher = Launcher(
         "windlass.worker",
         ["--job", json.dumps(job.to_mapping())],
-        num_ranks=config.workers,
+        num_ranks=config.num_ranks,
         threads=config.threads or threads_per_rank(config.workers),
         stall_s=config.stall_s,
         on_event=on_event,
+        elastic=config.elastic.enabled,
     )
 
     def install() -> None:
@@ -286,8 +323,7 @@ def _launch(job: Job, on_event: OnEvent) -> None:
             signal.signal(number, handle)
 
     with _signals(install):
-        outcome = launcher.run()
-    raise_outcome(outcome)
+        return launcher.run()
 
 
 def raise_outcome(outcome: Outcome) -> None:

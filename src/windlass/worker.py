@@ -15,9 +15,10 @@ import traceback
 from pathlib import Path
 
 from windlass.engine.channel import Channel
+from windlass.engine.elastic import Crew
 from windlass.engine.memory import ask_for_huge_pages, keep_freed_memory
 from windlass.engine.watch import StopRequest, Watchdog
-from windlass.engine.world import join_world, world_from_environment
+from windlass.engine.world import RankLost, join_world, world_from_environment
 from windlass.errors import WindlassError
 from windlass.job import Job
 
@@ -36,27 +37,33 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     stop = StopRequest()
     stop.install()
-    channel = Channel(options.channel, on_stop=stop.ask)
-    world = join_world(size)
-    channel.hello(rank=world.rank, host=world.host)
+    crew = Crew(job.config.workers) if job.config.elastic.enabled and size > 1 else None
+    channel = Channel(options.channel, on_stop=stop.ask, on_dead=crew.heard_of_death if crew else lambda message: None)
+    world = crew.everyone if crew else join_world(size)
+    survives = crew is not None and crew.survives
+    channel.hello(rank=world.rank, host=world.host, survives=survives)
+    name = f"rank {world.rank} on {world.host}"
 
     def on_stall(phase: str, idle_s: float) -> None:
-        message = f"rank {world.rank} on {world.host} has not moved for {idle_s:.0f} s in {phase}"
-        channel.send({"kind": "error", "code": 6, "message": message})
+        if not survives:  # else this rank dies and the others go on
+            message = f"{name} has not moved for {idle_s:.0f} s in {phase}"
+            channel.send({"kind": "error", "code": 6, "message": message})
 
-    watchdog = Watchdog(channel, stall_s=job.config.stall_s, on_stall=on_stall)
+    watchdog = Watchdog(channel, stall_s=job.config.stall_s, on_stall=on_stall, elastic=survives)
 
     def emit(event: dict[str, object]) -> None:
-        if world.rank == 0:
+        if crew.leads if crew else world.rank == 0:
             channel.send({"kind": "event", "event": event})
 
     from windlass.session import run_rank  # PyTorch comes in here: signs of life come before it
 
     code = 0
     try:
-        run_rank(job, world, emit=emit, stop=stop, note=watchdog.note)
+        run_rank(job, world, emit=emit, stop=stop, note=watchdog.note, crew=crew)
     except WindlassError as error:
         code = error.exit_code
+        if crew is not None and survives and isinstance(error, RankLost):
+            crew.revoke()  # the others may still wait for this rank
         channel.send({"kind": "error", "code": code, "message": str(error)})
     except BaseException:
         channel.send({"kind": "error", "code": 1, "message": traceback.format_exc()})

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-import windlass.cli.collectives_plan  # noqa: F401  # registers the command
 from windlass.cli import main
 from windlass.plan.linkcost import default_profile
 from windlass.tuning.collective_table import CollectiveTable, TableRow

@@ -147,7 +147,11 @@ def test_plans_that_do_not_fit_are_refused(capsys: pytest.CaptureFixture[str], t
 
 PLAN_EDITS: list[tuple[tuple[str, ...], object, str]] = [
     (("levers", "convolution"), "winograd", "levers.convolution: 'winograd' is not a value of it; choose from: torch"),
-    (("levers", "allreduce"), {"value": "ring"}, "levers.allreduce: 'ring' is not a value of it; choose from: library"),
+    (
+        ("levers", "allreduce"),
+        {"value": "rign"},
+        "levers.allreduce: 'rign' is not a value of it (unknown",
+    ),
     (("levers", "bucket_bytes"), 3, "levers.bucket_bytes: 3 is out of range"),
     (("levers", "overlapp"), True, "unknown lever 'overlapp'; did you mean 'overlap'"),
     (("layers", "c9"), {"convolution": "torch"}, "unknown convolution 'c9'; did you mean 'c"),

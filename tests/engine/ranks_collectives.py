@@ -71,10 +71,10 @@ def test_the_order_of_ranks_is_one_order(world: Collectives) -> None:
 
 def test_prepared_ones_are_the_same(world: Collectives) -> None:
     for dtype, length in itertools.product(DTYPES, (0, 1, 300, 4099)):
-        part, got = contribution(world.rank, length, dtype), None
+        part = contribution(world.rank, length, dtype)
+        got = np.empty_like(part)
         parts = [contribution(rank, length, dtype) for rank in range(world.size)]
         for op in ("sum", "mean", "max"):
-            got = np.empty_like(part)
             reduce = world.prepare_allreduce(part, got, dtype=dtype, op=op, pick=Pick(SHARED))
             want = run_local(Pick(SHARED).schedule(world.size), parts, op=op, dtype=dtype).values[world.rank]
             for _ in range(3):
@@ -112,13 +112,13 @@ def test_the_other_collectives(world: Collectives) -> None:
         world.start_broadcast(buffer, root=root, algorithm=name).wait()
         assert (buffer == np.arange(11)).all(), name
     for root in range(p):
-        buffer = np.full(5, r + 1.0)
-        world.start_reduce(buffer, root=root, dtype="float64").wait()
-        assert r != root or (buffer == p * (p + 1) / 2).all()
+        numbers = np.full(5, r + 1.0)
+        world.start_reduce(numbers, root=root, dtype="float64").wait()
+        assert r != root or (numbers == p * (p + 1) / 2).all()
     for name in SCHEDULES["alltoall"]:
-        send = np.arange(3 * p) + 100 * r
-        receive = np.empty_like(send)
-        world.start_alltoall(send, receive, algorithm=name).wait()
+        blocks = np.arange(3 * p) + 100 * r
+        receive = np.empty_like(blocks)
+        world.start_alltoall(blocks, receive, algorithm=name).wait()
         assert (receive.reshape(p, 3) == [np.arange(3 * r, 3 * r + 3) + 100 * q for q in range(p)]).all(), name
     world.barrier()
 

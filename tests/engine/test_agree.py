@@ -33,8 +33,8 @@ class ThreadWorld:
         self._barrier.wait()
         return found
 
-    def broadcast(self, value: Any) -> Any:
-        return self.gather(value)[0]
+    def broadcast(self, value: Any, *, root: int = 0) -> Any:
+        return self.gather(value)[root]
 
     def barrier(self) -> None:
         self._barrier.wait()

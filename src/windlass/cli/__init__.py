@@ -12,7 +12,19 @@ from typing import Any
 
 import typer
 
-from windlass.cli import bench, inspect, plan, report, train, tune
+from windlass.cli import (
+    bench,
+    bench_allreduce,
+    bench_cluster,
+    collectives,
+    collectives_plan,
+    inspect,
+    launch,
+    plan,
+    report,
+    train,
+    tune_cluster,
+)
 from windlass.errors import EXIT_CODES, WindlassError
 
 # Typer brings its own Click in newer releases and uses the installed one before; these are its classes either way.
@@ -34,9 +46,14 @@ app = typer.Typer(
 app.command("train", epilog=EPILOG)(train.train_command)
 app.command("plan")(plan.plan_command)
 app.command("inspect")(inspect.inspect_command)
-app.command("tune")(tune.tune_command)
+app.add_typer(tune_cluster.tune_app, name="tune")
 app.command("report")(report.report_command)
+bench.app.command("allreduce")(bench_allreduce.bench_allreduce_command)
+bench.app.command("cluster")(bench_cluster.bench_cluster_command)
+app.command("launch", context_settings=launch.CONTEXT)(launch.launch_command)
 app.add_typer(bench.app, name="bench")
+collectives.collectives_app.command("plan")(collectives_plan.plan_command)
+app.add_typer(collectives.collectives_app, name="collectives")
 
 
 @app.callback(invoke_without_command=True)

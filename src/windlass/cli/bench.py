@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from windlass.cli.bench_elastic import bench_elastic_command
 from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP, keep_memory_as_in_training
 from windlass.engine.launch import num_cores
 from windlass.errors import ConfigError, unknown
@@ -18,6 +19,8 @@ from windlass.runs.files import write_atomically
 from windlass.tuning.results import Settings
 
 app = typer.Typer(help="Measure Windlass beside its rivals.", no_args_is_help=True, rich_markup_mode=None)
+
+app.command("elastic")(bench_elastic_command)
 
 
 @app.callback()

@@ -11,7 +11,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from windlass.cli.collectives import collectives_app
 from windlass.errors import ConfigError, unknown
 from windlass.plan.collective import SCHEDULES
 from windlass.plan.linkcost import DEFAULT_PROFILES, Profile, changed_network, default_profile, profile_from_mapping
@@ -30,7 +29,6 @@ SIZES = "1KiB..64MiB"
 PROFILE_HELP = f"Costs of links: {', '.join(DEFAULT_PROFILES)} (assumed figures), or a YAML file."
 
 
-@collectives_app.command("plan")
 def plan_command(
     topology: Annotated[
         str | None, typer.Option(help=f"{TOPOLOGY_EXAMPLES}; default: a host for each rank, behind one switch.")

@@ -38,7 +38,7 @@ def plan_command(
     }
     config = config_from_layers([join([given, *map(assignment, settings or [])])])
 
-    if config.tune == "measure":
+    if config.tune in ("measure", "auto"):
         keep_memory_as_in_training()
 
     import torch
@@ -54,7 +54,8 @@ def plan_command(
     threads = config.threads or threads_per_rank(config.workers)
     torch.set_num_threads(threads)
     with TuningBar() as bar:
-        chosen = plan_for(config, graph, module, threads=threads, on_event=bar.handle)
+        steps = config.epochs * -(-len(dataset.train) // config.batch)
+        chosen = plan_for(config, graph, module, steps=steps, threads=threads, on_event=bar.handle)
     mapping = chosen.to_mapping()
     text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n" if json_output else to_yaml(mapping)
     if out is None:

@@ -50,6 +50,8 @@ def train_command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     resume_from: Annotated[str, typer.Option(help="From this checkpoint: best, last or step-….")] = "",
+    elastic: Annotated[bool, typer.Option("--elastic", help="Go on without ranks that die.")] = False,
+    spares: Annotated[int | None, typer.Option(help="With --elastic: ranks that wait for a dead one's place.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, take one step, write nothing.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -72,6 +74,7 @@ def train_command(
         "data": _given({"source": data, "augment": augment}),
         "update": _given({"name": update, "lr": lr}),
         "schedule": _given({"name": schedule, "warmup_epochs": warmup}),
+        "elastic": _given({"enabled": elastic or None, "spares": spares}),
     }
     layers: list[Mapping[str, Any]] = [config_file(config)] if config else []
     layers.append(join([_given(given), *map(assignment, settings or [])]))

@@ -107,6 +107,11 @@ class BatchServer:
         """Steps of an epoch; the last may be smaller than the others."""
         return -(-self.num_samples // self.batch)
 
+    def seat(self, rank: int, world_size: int) -> None:
+        """Serves another rank, or another number of them, from the next fetch on."""
+        _check_numbers(batch=self.batch, image_size=self.image_size, rank=rank, world_size=world_size)
+        self.rank, self.world_size = rank, world_size
+
     def fetch(self, epoch: int, step: int, *, out: Tensor | None = None) -> Batch:
         """The batch of this rank, a pure function of (epoch, step).
 

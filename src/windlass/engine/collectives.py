@@ -250,7 +250,12 @@ class Collectives:
         kind, operation = getattr(self._mpi, _LIBRARY_TYPES[dtype]), getattr(self._mpi, _LIBRARY_OPS[op])
         sent = self._mpi.IN_PLACE if send.ctypes.data == receive.ctypes.data else [send, kind]
         request = self._comm.Iallreduce(sent, [receive, kind], op=operation)
-        finish = (lambda: divide(receive, self.size, dtype=dtype)) if mean else None
+        keep = (send, receive)  # MPI knows their addresses only
+
+        def finish() -> None:
+            if mean:
+                divide(keep[1], self.size, dtype=dtype)
+
         return self._running(request.Test, "allreduce", list, finish)
 
     def _running(

@@ -16,14 +16,19 @@ Each rank divides its loss by the *global* batch, so the plain sum is the mean o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 
 from windlass.engine.allreduce import StartSum
-from windlass.engine.world import Request
+from windlass.engine.world import RankLost, Request, losses_named
 
+ABANDON_S = 5e-3
+"""Longest wait for the end of a sum that has lost a rank: MPI's end with an error at once, one over shared memory
+never, but it moves only when it is asked."""
 ALIGN = 16
 """Every parameter starts at a multiple of so many elements: a cache line of float32."""
 
@@ -115,6 +120,7 @@ class GradientAverager:
         self._start_sum = start_sum
         self._buckets = [bucket for group in self.groups for bucket in _cut(group, bucket_bytes)]
         self._next = 0
+        self._first_start = 0.0
         self._overlap = overlap and len(self._buckets) > 1
         if self._overlap:
             self._add_hooks()
@@ -127,6 +133,7 @@ class GradientAverager:
     def begin(self) -> None:
         """Call before the backward pass."""
         self._next = 0
+        self._first_start = 0.0
         for bucket in self._buckets:
             bucket.missing = set(bucket.members)
             bucket.request = bucket.total = None
@@ -140,11 +147,31 @@ class GradientAverager:
         totals = [bucket.total for bucket in self._buckets if bucket.total is not None]
         return bool(torch.isfinite(torch.stack(totals)).all()) if totals else True
 
+    def under_way_s(self) -> float:
+        """Seconds since the step's first sum was started: what was hidden behind the backward pass so far."""
+        return time.perf_counter() - self._first_start if self._first_start else 0.0
+
     def wait(self) -> None:
         """Returns when every flat gradient holds the sum over all ranks."""
         for bucket in self._buckets:
             if bucket.request is not None:
                 bucket.request.wait()
+
+    def use(self, start_sum: StartSum) -> None:
+        """From now on sums go this way: the ranks have changed."""
+        self._start_sum = start_sum
+
+    def abandon(self) -> None:
+        """Gives up the sums under way; returns when nothing is written into their buffers any more."""
+        deadline = time.monotonic() + ABANDON_S
+        for bucket in self._buckets:
+            with suppress(RankLost), losses_named("an allreduce"):
+                while bucket.request is not None and not bucket.request.test() and time.monotonic() < deadline:
+                    time.sleep(0)
+            bucket.request = None
+        for group in self.groups:
+            for parameter in group.parameters:
+                parameter.grad = None
 
     def _add_hooks(self) -> None:
         for bucket in self._buckets:
@@ -189,6 +216,7 @@ class GradientAverager:
         # One NaN or infinity makes the sum NaN or infinite; of all such tests this is the cheapest by far.
         bucket.total = own.sum(dtype=torch.float32 if own.dtype.itemsize < 4 else None).float()
         gradient = bucket.group.gradient[bucket.start : bucket.stop]
+        self._first_start = self._first_start or time.perf_counter()
         bucket.request = self._start_sum(own.numpy(), gradient.numpy())
 
 

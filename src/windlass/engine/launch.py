@@ -2,13 +2,16 @@
 
 Each rank connects to a socket of the launcher and says what it does (`engine.channel`).  The launcher shows
 rank 0's events, hands a request to stop to all ranks, and when a line breaks without ``bye`` it names the
-rank, ends the others and reports the dead one's last lines.  Nothing here imports MPI or PyTorch.
+rank, ends the others and reports the dead one's last lines.  Of an elastic run (`engine.elastic`) the others go
+on: they are told who died and when, a rank that falls silent is killed, since they wait for it, and the losses
+are named at the end.  Nothing here imports MPI or PyTorch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -22,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from windlass.engine.channel import BEAT_S, LineBuffer, Message, encode
+from windlass.engine.elastic import FAULT_OPTIONS, STANDING_BY
+from windlass.engine.watch import START_S, STARTS
 from windlass.errors import EXIT_CODES, ConfigError, LostRankError
 
 STOP_GRACE_S = 120.0
@@ -48,6 +53,8 @@ class _Rank:
     heard: float = field(default_factory=time.monotonic)
     code: int | None = None
     ended: float = 0.0
+    survives: bool = False
+    died: bool = False
 
     @property
     def name(self) -> str:
@@ -88,11 +95,21 @@ def find_mpiexec() -> str:
     return found
 
 
-def mpiexec_command(num_ranks: int, program: Sequence[str]) -> list[str]:
+def mpiexec_command(num_ranks: int, program: Sequence[str], *, elastic: bool = False) -> list[str]:
     """The command that starts `program` on so many ranks of this host."""
     # mpi4py.run ends every rank when one raises; only the main thread of a rank speaks MPI.
     rank = [sys.executable, "-m", "mpi4py", "-rc", "thread_level='funneled'", *program]
-    return [find_mpiexec(), *mpiexec_options(num_ranks), *rank]
+    return [find_mpiexec(), *(fault_options() if elastic else ()), *mpiexec_options(num_ranks), *rank]
+
+
+def fault_options() -> tuple[str, ...]:
+    """What ``mpiexec`` must be told so that ranks outlive one another; nothing where it knows no such thing."""
+    try:
+        done = subprocess.run([find_mpiexec(), "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = re.search(r"Open MPI\D*(\d+)\.", done.stdout)
+    return FAULT_OPTIONS if found and int(found.group(1)) >= 5 else ()
 
 
 def mpiexec_options(num_ranks: int) -> list[str]:
@@ -116,6 +133,7 @@ class Launcher:
         threads: threads of each rank's tensor operations.
         stall_s: seconds of silence after which a rank counts as lost.
         on_event: called with every event of rank 0.
+        elastic: whether ranks may go on without one that died.
     """
 
     def __init__(
@@ -127,12 +145,14 @@ class Launcher:
         threads: int,
         stall_s: float,
         on_event: Callable[[Message], None],
+        elastic: bool = False,
     ) -> None:
         self._program = ["-m", module, *arguments] if module else list(arguments)
         self._num_ranks = num_ranks
         self._threads = threads
         self._stall_s = stall_s
         self._on_event = on_event
+        self._elastic = elastic
         self._ranks: list[_Rank] = []
         self._errors: list[Message] = []
         self._lost: LostRankError | None = None
@@ -163,7 +183,10 @@ class Launcher:
                         self._watch(server, process)
                     finally:
                         self._end(process)
-            return self._outcome(process.returncode, folder)
+            outcome = self._outcome(process.returncode, folder)
+        if outcome.code == 0 and self.losses:
+            self._on_event({"kind": "warning", "message": f"the run went on without {', '.join(self.losses)}"})
+        return outcome
 
     def _start(self, folder: Path, log: int) -> subprocess.Popen[bytes]:
         program = [*self._program, "--channel", str(folder / "socket"), "--logs", str(folder)]
@@ -172,7 +195,7 @@ class Launcher:
         # Ctrl-C reaches every process of a terminal's group: in a session of their own the ranks are spared it
         # and hear of it from the launcher, after which they write their checkpoint.
         return subprocess.Popen(
-            mpiexec_command(self._num_ranks, program),
+            mpiexec_command(self._num_ranks, program, elastic=self._elastic),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -203,8 +226,9 @@ class Launcher:
     def _overdue(self) -> bool:
         """Whether ranks still run long after an error, or after all have said bye: some library's tear-down."""
         now = time.monotonic()
-        if len(self._ranks) == self._num_ranks and all(rank.code is not None for rank in self._ranks):
-            return now > max(rank.ended for rank in self._ranks) + BYE_GRACE_S
+        needed = [rank for rank in self._ranks if _trains(rank)]
+        if needed and len(self._ranks) == self._num_ranks and all(rank.code is not None for rank in needed):
+            return now > max(rank.ended for rank in needed) + BYE_GRACE_S
         return any(now > error["at"] + (5 if error["code"] == 1 else ERROR_GRACE_S) for error in self._errors)
 
     def _read(self, rank: _Rank) -> bool:
@@ -221,6 +245,7 @@ class Launcher:
         match message["kind"]:
             case "hello":
                 rank.rank, rank.host, rank.pid = message["rank"], message["host"], message["pid"]
+                rank.survives = message.get("survives", False)
             case "beat":
                 rank.phase, rank.step = message["phase"], message["step"]
             case "event":
@@ -235,9 +260,31 @@ class Launcher:
     def _closed(self, rank: _Rank) -> None:
         """A line without ``bye`` or ``error`` is a rank that died."""
         failed = any(error["rank"] == rank.rank for error in self._errors)
-        if rank.code is None and not failed and self._lost is None and not self._errors:
-            self._dead = rank
-            self._lost = LostRankError(f"{rank.name} died, last seen in {rank.phase} of step {rank.step}")
+        if rank.code is not None or rank.died or failed or self._lost is not None or self._errors:
+            return
+        rank.died = True
+        if rank.survives and any(_trains(other) for other in self._ranks):
+            self._tell_of(rank, time.monotonic())
+            return
+        self._dead = rank
+        self._lost = LostRankError(f"{rank.name} died, last seen in {rank.phase} of step {rank.step}")
+
+    def _tell_of(self, dead: _Rank, at: float) -> None:
+        """Tells the others who died and when, by the clock that all processes of a host share."""
+        message = encode({"kind": "dead", "rank": dead.rank, "at": at})
+        for rank in self._ranks:
+            if not rank.died and rank.code is None:
+                with contextlib.suppress(OSError):
+                    rank.connection.sendall(message)
+
+    def pid_of(self, rank: int) -> int:
+        """The process of a rank that has said hello; 0 before."""
+        return next((known.pid for known in self._ranks if known.rank == rank), 0)
+
+    @property
+    def losses(self) -> list[str]:
+        """The ranks that died while the others went on."""
+        return [rank.name for rank in self._ranks if rank.died]
 
     def _obituary(self, folder: Path) -> str:
         """Which rank died, by which signal if mpiexec knows, and its last lines."""
@@ -264,9 +311,21 @@ class Launcher:
 
     def _check_silence(self) -> None:
         for rank in self._ranks:
+            if rank.survives:
+                self._end_silent(rank)
+                continue
             late = rank.silent_s() > self._stall_s + SILENT_S
             if rank.rank >= 0 and rank.code is None and late and self._lost is None:
                 self._lost = LostRankError(_silence(rank))
+
+    def _end_silent(self, rank: _Rank) -> None:
+        """A rank that is stopped is killed, and then is one that died; the others could not go on before."""
+        limit_s = max(START_S, self._stall_s) if rank.phase in STARTS else self._stall_s
+        if rank.code is None and not rank.died and rank.silent_s() > limit_s:
+            rank.phase += f", silent for {rank.silent_s():.1f} s and killed,"
+            _kill(rank.pid)
+            self._tell_of(rank, rank.heard)
+            rank.heard = time.monotonic()
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Leaves no process behind: ranks and mpiexec end now if they have not."""
@@ -291,8 +350,8 @@ class Launcher:
         if self._lost is not None:
             code = 130 if self._stop_deadline == 0.0 else self._lost.exit_code
             return Outcome(code, self._obituary(folder) if self._dead else str(self._lost))
-        codes = [rank.code for rank in self._ranks]
-        if len(codes) < self._num_ranks or None in codes:
+        codes = [rank.code for rank in self._ranks if _trains(rank)]
+        if len(self._ranks) < self._num_ranks or None in codes:
             lines = "\n".join(f"  {line}" for line in _last_lines(folder / "mpiexec.log"))
             return Outcome(6, f"mpiexec ended with status {returncode} before all ranks had started:\n{lines}")
         code = max(code for code in codes if code is not None)
@@ -302,10 +361,15 @@ class Launcher:
         """One line for all ranks that say the same; where and the traceback for an internal error."""
         error = self._errors[0]
         if error["code"] == LostRankError.exit_code:
-            return Outcome(error["code"], "; ".join([error["message"], *self._silent]))
+            return Outcome(error["code"], "; ".join([error["message"], *self._silent, *self.losses]))
         if error["code"] != 1:
             return Outcome(error["code"], error["message"])
         return Outcome(1, f"internal error on rank {error['rank']} ({error['host']}):\n{error['message']}")
+
+
+def _trains(rank: _Rank) -> bool:
+    """Whether this rank is neither dead nor a spare."""
+    return not rank.died and rank.phase != STANDING_BY
 
 
 def _kill(pid: int) -> None:

@@ -47,13 +47,16 @@ SPINS = 2000
 """Turns of waiting in the kernel before it returns to its caller (tens of microseconds)."""
 CROWDED_SPINS = 100
 """The same where ranks outnumber cores: each turn lets another process run."""
+YIELDS = 400
+"""Turns of waiting that then follow, of which each lets another process run."""
 SLEEP_S = 30e-6
-"""How long a waiting rank sleeps between calls of the kernel."""
+"""How long a waiting rank sleeps thereafter between calls of the kernel."""
 
 Watch = Callable[[str, float, Callable[[], list[int]]], None]
 """Told while a rank waits: for what operation, for how many seconds, and who asks which ranks have not come."""
-Kernel = Callable[[int], bool]
-"""Moves an operation on, waits for so many turns at most, and says whether it is complete."""
+Kernel = Callable[[int, bool], bool]
+"""Moves an operation on, waits for so many turns at most, in which it lets others run or not, and says whether the
+operation is complete."""
 
 
 def map_shared(comm: MPI.Intracomm, num_bytes: int) -> mmap.mmap:
@@ -109,12 +112,7 @@ class SharedRequest:
     def wait(self) -> None:
         """Returns when the result stands in the buffer; waits politely."""
         owner = self._owner
-        began = 0.0
-        while not owner.advance(self, owner.spins):
-            time.sleep(SLEEP_S)
-            if owner.watch is not None:
-                began = began or time.monotonic()
-                owner.watch("allreduce", time.monotonic() - began, owner.awaited)
+        owner.wait(lambda turns, yields: owner.advance(self, turns, yields=yields))
 
 
 class SharedAllreduce:
@@ -163,7 +161,7 @@ class SharedAllreduce:
         if send.nbytes > self._one_shot_bytes:
             return lambda: self.start(send, receive, dtype=dtype, op=op, mean=mean).wait()
         descriptor, kernel, like, wide = self._describe(send, receive, dtype=dtype, op=op, mean=mean)
-        number, begun = ENTRY["number"], ENTRY["begun"]
+        number, begun, spins, crowded = (ENTRY[name] for name in ("number", "begun", "spins", "crowded"))
         keep = (send, receive)  # the descriptor knows their addresses only
 
         def reduce() -> None:
@@ -175,16 +173,32 @@ class SharedAllreduce:
             descriptor[begun] = 0
             self._number += 1
             if not kernel(descriptor, like, wide):
-                self._wait(lambda: bool(kernel(descriptor, like, wide)))
+                self.wait(move)
+
+        def move(turns: int, yields: bool) -> bool:
+            descriptor[spins], descriptor[crowded] = turns, yields
+            done = bool(kernel(descriptor, like, wide))
+            descriptor[spins], descriptor[crowded] = self.spins, self.crowded
+            return done
 
         return reduce
 
-    def advance(self, request: SharedRequest, spins: int) -> bool:
+    def wait(self, move: Kernel) -> None:
+        """Returns when `move` says that all is done; waits politely."""
+        if move(self.spins, self.crowded) or move(YIELDS, True):
+            return
+        began = time.monotonic()
+        while not move(self.spins if self.crowded else 0, self.crowded):
+            time.sleep(SLEEP_S)
+            if self.watch is not None:
+                self.watch("allreduce", time.monotonic() - began, self.awaited)
+
+    def advance(self, request: SharedRequest, spins: int, *, yields: bool = False) -> bool:
         """Moves operations on, oldest first; whether `request` is complete."""
         while self._under_way and request.kernel is not None:
             oldest = self._under_way[0]
             assert oldest.kernel is not None
-            if not oldest.kernel(spins):
+            if not oldest.kernel(spins, yields):
                 break
             oldest.kernel = None
             self._under_way.popleft()
@@ -197,22 +211,15 @@ class SharedAllreduce:
         ]
         return [rank for rank, steps in enumerate(done) if steps == min(done) < done[self.rank]]
 
-    def _wait(self, test: Callable[[], bool]) -> None:
-        began = time.monotonic()
-        while not test():
-            time.sleep(SLEEP_S)
-            if self.watch is not None:
-                self.watch("allreduce", time.monotonic() - began, self.awaited)
-
     def _one_shot(self, send: NDArray[Any], receive: NDArray[Any], *, dtype: str, op: str, mean: bool) -> Kernel:
         descriptor, kernel, like, wide = self._describe(send, receive, dtype=dtype, op=op, mean=mean)
         descriptor[ENTRY["number"]] = self._number
         self._number += 1
-        spins = ENTRY["spins"]
+        spins, crowded = ENTRY["spins"], ENTRY["crowded"]
 
-        def move(turns: int) -> bool:
+        def move(turns: int, yields: bool) -> bool:
             assert send.size == receive.size  # and they live as long as this does
-            descriptor[spins] = turns
+            descriptor[spins], descriptor[crowded] = turns, yields
             return bool(kernel(descriptor, like, wide))
 
         return move
@@ -238,7 +245,7 @@ class SharedAllreduce:
         state = np.array([self._base, 0, 0, 0], dtype=np.int64)
         self._base += -(-send.size // piece)
 
-        def move(turns: int) -> bool:
+        def move(turns: int, yields: bool) -> bool:
             return bool(
                 progress(
                     self._counters,
@@ -254,7 +261,7 @@ class SharedAllreduce:
                     number,
                     mean,
                     turns,
-                    self.crowded,
+                    yields,
                 )
             )
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from windlass.errors import LostRankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -22,6 +26,38 @@ NUM_SPINS = 200
 """Tests before a waiting rank begins to sleep (about 50 µs)."""
 SLEEP_S = 30e-6
 """How long a waiting rank sleeps between tests."""
+
+
+class RankLost(LostRankError):  # noqa: N818 - it is news before it is an error: an elastic run goes on
+    """An operation cannot end because a rank has died, or because another rank has said so."""
+
+
+@contextmanager
+def losses_named(operation: str) -> Iterator[None]:
+    """Turns MPI's errors of fault tolerance into `RankLost`; every other error passes as it is."""
+    try:
+        yield
+    except Exception as error:
+        raise_named(error, operation)
+
+
+def raise_named(error: Exception, operation: str) -> NoReturn:
+    """Raises `named_loss`."""
+    named = named_loss(error, operation)
+    if named is error:
+        raise error
+    raise named from error
+
+
+def named_loss(error: Exception, operation: str) -> Exception:
+    """`RankLost` for an error of MPI that speaks of a dead rank; any other error as it is."""
+    if type(error).__module__.partition(".")[0] != "mpi4py":
+        return error
+    from mpi4py import MPI
+
+    kinds = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
+    is_loss = isinstance(error, MPI.Exception) and error.Get_error_class() in kinds
+    return RankLost(f"a rank died during {operation}") if is_loss else error
 
 
 class Request(Protocol):
@@ -58,8 +94,8 @@ class World(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank; any object that pickles."""
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+    def broadcast(self, value: Any, *, root: int = 0) -> Any:
+        """The value of rank `root`, on every rank."""
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
@@ -109,7 +145,7 @@ class LocalWorld:
         """One value."""
         return [value]
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Any, *, root: int = 0) -> Any:
         """The value itself."""
         return value
 
@@ -121,57 +157,85 @@ class LocalWorld:
         os._exit(code)
 
 
-class _MpiRequest:
-    def __init__(self, request: MPI.Request) -> None:
+class MpiRequest:
+    """A request of MPI, waited for politely.
+
+    Raises:
+        RankLost: from `test` and `wait`, under an MPI with fault tolerance.
+    """
+
+    def __init__(self, request: MPI.Request, operation: str) -> None:
         self._request = request
+        self._operation = operation
 
     def test(self) -> bool:
-        return bool(self._request.Test())
+        """Moves it on and says whether it is complete."""
+        try:
+            return bool(self._request.Test())
+        except Exception as error:
+            raise_named(error, self._operation)
 
     def wait(self) -> None:
+        """Returns when it is complete."""
         for _ in range(NUM_SPINS):
-            if self._request.Test():
+            if self.test():
                 return
-        while not self._request.Test():
+        while not self.test():
             time.sleep(SLEEP_S)
 
 
 class MpiWorld:
-    """All ranks of ``MPI.COMM_WORLD``."""
+    """The ranks of a communicator.
 
-    def __init__(self) -> None:
+    Args:
+        comm: whose ranks; None for all that were started.
+        hosts: every rank's host, where that is known; else the ranks ask one another.
+
+    Attributes:
+        comm: the communicator, for what speaks MPI itself.
+    """
+
+    def __init__(self, comm: MPI.Intracomm | None = None, *, hosts: list[str] | None = None) -> None:
         import mpi4py
 
         mpi4py.rc.thread_level = "funneled"  # only the main thread speaks MPI
         from mpi4py import MPI
 
-        self._comm = MPI.COMM_WORLD
-        self.rank = self._comm.Get_rank()
-        self.size = self._comm.Get_size()
+        self.comm: MPI.Intracomm = MPI.COMM_WORLD if comm is None else comm
+        self.rank = self.comm.Get_rank()
+        self.size = self.comm.Get_size()
         self.host = MPI.Get_processor_name()
-        hosts = self._comm.allgather(self.host)
+        if hosts is None:
+            hosts = self.comm.allgather(self.host)
         self.local_size = hosts.count(self.host)
         self.local_rank = hosts[: self.rank].count(self.host)
 
     def start_sum(self, send: NDArray[Any], receive: NDArray[Any]) -> Request:
         """Open MPI's own non-blocking allreduce."""
-        return _MpiRequest(self._comm.Iallreduce(send, receive))
+        try:
+            return MpiRequest(self.comm.Iallreduce(send, receive), "an allreduce")
+        except Exception as error:
+            raise_named(error, "an allreduce")
 
     def gather(self, value: Any) -> list[Any]:
         """Pickled and gathered everywhere; for rare and small things."""
-        return self._comm.allgather(value)
+        with losses_named("a gather"):
+            return self.comm.allgather(value)
 
-    def broadcast(self, value: Any) -> Any:
-        """Pickled and broadcast from rank 0; for rare and small things."""
-        return self._comm.bcast(value, root=0)
+    def broadcast(self, value: Any, *, root: int = 0) -> Any:
+        """Pickled and broadcast; for rare and small things."""
+        with losses_named("a broadcast"):
+            return self.comm.bcast(value, root=root)
 
     def barrier(self) -> None:
         """Waits politely for all."""
-        _MpiRequest(self._comm.Ibarrier()).wait()
+        with losses_named("a barrier"):
+            request = self.comm.Ibarrier()
+        MpiRequest(request, "a barrier").wait()
 
     def abort(self, code: int) -> None:
         """MPI_Abort."""
-        self._comm.Abort(code)
+        self.comm.Abort(code)
 
 
 _RANK_VARIABLES = (

@@ -43,6 +43,7 @@ class Run:
         steps: columns of equal length by name; ``step`` and ``seconds`` are always there; NaN where a row
             lacks a value or the value itself was not finite.
         epochs, checkpoints, resumes: rows of those kinds, in order.
+        losses: rows of ranks that died while the others went on.
         end: the row that closes the run; None where it still runs or was killed.
         problems: one sentence for each thing that a reader should know before trusting the page.
     """
@@ -59,6 +60,7 @@ class Run:
     resumes: tuple[Row, ...]
     end: Row | None
     problems: tuple[str, ...]
+    losses: tuple[Row, ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -98,6 +100,7 @@ def load_run(folder: Path) -> Run:
         epochs=tuple(metrics.epochs),
         checkpoints=tuple(metrics.checkpoints),
         resumes=tuple(metrics.resumes),
+        losses=tuple(metrics.losses),
         end=metrics.end,
         problems=(*problems, *_remarks(metrics)),
     )
@@ -121,6 +124,7 @@ class _Metrics:
     epochs: list[Row] = field(default_factory=list)
     checkpoints: list[Row] = field(default_factory=list)
     resumes: list[Row] = field(default_factory=list)
+    losses: list[Row] = field(default_factory=list)
     end: Row | None = None
 
     def add(self, row: Row) -> None:
@@ -135,6 +139,8 @@ class _Metrics:
             case "resume":
                 self._rewind(_step_of(row))
                 self.resumes.append(row)
+            case "lost":
+                self.losses.append(row)
             case "end":
                 self.end = row
 

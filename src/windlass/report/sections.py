@@ -39,6 +39,7 @@ def learning(run: Run) -> Section | None:
     """Loss, accuracy, learning rate and throughput over the steps."""
     step = run.column("step")
     marks = [(float(row["step"]), "resumed") for row in run.resumes]
+    marks += [(finite(row.get("step")) or 0.0, "lost a rank") for row in run.losses]
     speed = images_per_s(run)
     return section(
         "learning",
@@ -142,6 +143,22 @@ def time_bars(title: str, rows: Sequence[tuple[str, list[tuple[Phase, float]]]])
         )
         bars.append((label, pieces, units.milliseconds(whole)))
     return Bars(title=title, rows=tuple(bars))
+
+
+def communication(run: Run) -> Section | None:
+    """What the workers sent, as predicted and as counted, and how much of it was hidden."""
+    exposed, hidden = run.column("communication_s"), run.column("hidden_s")
+    if not run.num_steps or not any(math.isfinite(value) for value in hidden):
+        return None
+    predicted, counted = (total(run.column(name)) / run.num_steps for name in ("planned_bytes", "sent_bytes"))
+    texts = {
+        "exposed, of a mean step": units.milliseconds(total(exposed) / run.num_steps),
+        "hidden behind the backward pass": units.milliseconds(total(hidden) / run.num_steps),
+        "bytes a step sent by rank 0, predicted": f"{predicted:,.0f}",
+        "bytes a step sent by rank 0, counted": f"{counted:,.0f}",
+        "sums of the last start": str((run.end or {}).get("allreduce", units.NOTHING)),
+    }
+    return section("communication", "Communication", pairs("Allreduce", texts))
 
 
 def progress(run: Run) -> Section | None:
@@ -248,6 +265,7 @@ def pairs(title: str, texts: dict[str, str]) -> Table:
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     learning,
     time,
+    communication,
     progress,
     network,
     plan,
@@ -369,6 +387,10 @@ def _checkpoints(run: Run) -> Table | None:
         note = "" if workers is None else f"with {workers:.0f} worker{'' if workers == 1 else 's'}"
         step = float(row["step"])
         events.append((step, (Cell(text="resumed"), Cell(text=f"{step:,.0f}"), Cell(text=""), Cell(text=note))))
+    for row in run.losses:
+        step = finite(row.get("step")) or 0.0
+        note = str(row.get("message", units.NOTHING))
+        events.append((step, (Cell(text="lost a rank"), Cell(text=f"{step:,.0f}"), Cell(text=""), Cell(text=note))))
     if not events:
         return None
     columns = (

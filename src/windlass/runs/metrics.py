@@ -7,7 +7,7 @@ import io
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,22 @@ class MetricsWriter:
         folder: the run folder.
         step: rows beyond this step are dropped first: a run that resumes from step 100 repeats what came after.
         epoch: so are rows of this epoch's end and of later ones.
+        flush_s: rows reach the disk at least this often while rows come.
     """
 
-    def __init__(self, folder: Path, *, step: int, epoch: int | None = None) -> None:
+    def __init__(self, folder: Path, *, step: int, epoch: int | None = None, flush_s: float = FLUSH_S) -> None:
+        self._flush_s = flush_s
         self._path = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
         kept = [row for row in read_rows(self._path) if _stands(row, step=step, epoch=epoch)]
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.rows_at_start: list[dict[str, Any]] = kept[-8:]
         self._epochs = [row for row in kept if row["kind"] == "epoch"]
         if self._csv.exists():
             write_atomically(self._csv, _csv_text(self._epochs))
         self._file = self._path.open("a")
         self._flushed = self._boarded = time.monotonic()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = load_board()(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, row: Row) -> None:
         """Adds one row.
@@ -58,7 +57,7 @@ class MetricsWriter:
         """
         try:
             self._file.write(json.dumps(row) + "\n")
-            if row["kind"] != "step" or time.monotonic() - self._flushed > FLUSH_S:
+            if row["kind"] != "step" or time.monotonic() - self._flushed > self._flush_s:
                 self._file.flush()
                 self._flushed = time.monotonic()
             self._show(row)
@@ -91,6 +90,14 @@ class MetricsWriter:
         for name in names:
             if row.get(name) is not None:
                 self._board.add_scalar(f"{row['kind']}/{name}", row[name], row["step"])
+
+
+def load_board() -> Callable[..., Any]:
+    """TensorBoard's writer, whose import takes a second or two: early, where that must not be late."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
 
 
 def _stands(row: Row, *, step: int, epoch: int | None) -> bool:

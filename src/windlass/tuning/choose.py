@@ -21,7 +21,8 @@ def choose_plan(graph: Graph, *, workers: int, batch: int) -> Plan:
         "number_format": Choice("float32", "the one number format there is so far"),
         "layout": _layout(graph),
         "parallel": Choice("data", f"{workers} worker(s), each its shard of every batch of {batch}"),
-        "allreduce": Choice("library", "Open MPI's own choice is the one schedule there is so far"),
+        "allreduce": Choice("auto", "by size: what windlass tune cluster has measured, else rules of thumb"),
+        "fixed_order": Choice(False, "the schedules' own orders are faster"),
         "bucket_bytes": Choice(LEVERS["bucket_bytes"].default, "large enough to hide a message's latency"),
         "overlap": _overlap(graph, workers),
     }
