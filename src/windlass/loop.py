@@ -45,6 +45,7 @@ from windlass.engine.world import RankLost, named_loss, sum_array, sum_over
 from windlass.errors import DataError, LostRankError, NonFiniteError, StoppedError, WindlassError, WriteError
 from windlass.objective import main_output, objective
 from windlass.optim.build import build_optimizer, set_learning_rate
+from windlass.plan.pick import AUTO
 from windlass.prepare import Prepared
 from windlass.progress import Agreed, Progress, Summary
 from windlass.runs.checkpoint import list_checkpoints, rotate, write_checkpoint
@@ -60,6 +61,7 @@ from windlass.state import (
     step_seed,
     tensors_of_rank,
 )
+from windlass.tuning.cluster import tuned_chooser
 
 Emit = Callable[[dict[str, Any]], None]
 Note = Callable[[str, int], None]
@@ -193,7 +195,9 @@ class Trainer:
 
     def _allreduce(self) -> Allreduce:
         plan = self.prepared.plan
-        return Allreduce(self.world, str(plan.value("allreduce")), fixed_order=bool(plan.value("fixed_order")))
+        lever, fixed_order = str(plan.value("allreduce")), bool(plan.value("fixed_order"))
+        choose = tuned_chooser(self.world) if lever == AUTO and not fixed_order else None
+        return Allreduce(self.world, lever, fixed_order=fixed_order, choose=choose)
 
     def _settle(self) -> None:
         """What was begun is done: nothing of it is taken back any more."""

@@ -52,7 +52,7 @@ class Allreduce:
         world: the ranks; making this object is collective.
         lever: the value of ``allreduce``, as `Picks.parse` reads it.
         fixed_order: whether sums are made in the order of ranks.
-        choose: what ``auto`` means; None: `Collectives.default_choice`.
+        choose: what ``auto`` means, by size; None: `Collectives.default_choice`.
         timeout_s: longest wait for other ranks; 0: for ever.
 
     Raises:

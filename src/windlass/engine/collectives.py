@@ -31,6 +31,8 @@ SLEEP_S = 30e-6
 """How long a waiting rank sleeps between tests."""
 SMALL_BYTES = 8 << 10
 """Up to here the library's own is faster than anything that is driven from Python."""
+SEGMENT_BYTES = 32 << 10
+"""Longer messages between hosts travel in segments: above its eager limit Open MPI's TCP exchanges half duplex."""
 NUM_TAGS = 1 << 14
 CHECK_S = 2e-3
 """Seconds between two looks at the other ranks while one waits."""
@@ -160,10 +162,11 @@ class Collectives:
                 return Pick(LIBRARY)
             return Pick(SHARED)
         if self.fixed_order:
-            return Pick("direct")
+            return Pick("direct", segment_bytes=SEGMENT_BYTES)
         if num_bytes <= 32 << 10:
             return Pick("recursive-doubling")
-        return Pick("hierarchical") if len(self.hosts) < self.size else Pick("ring")
+        name = "hierarchical" if len(self.hosts) < self.size else "ring"
+        return Pick(name, segment_bytes=SEGMENT_BYTES)
 
     # --- allreduce ---
 
@@ -211,7 +214,8 @@ class Collectives:
     ) -> None:  # fmt: skip
         """The same, complete when it returns; the library's own is then its blocking form, which is faster."""
         pick = pick or self.choose(send.nbytes)
-        if pick.algorithm == LIBRARY and dtype in _LIBRARY_TYPES and self.size > 1:
+        may_block = not self._timeout_s and self._check_others is None
+        if pick.algorithm == LIBRARY and dtype in _LIBRARY_TYPES and self.size > 1 and may_block:
             self._check(pick, send, dtype, op)
             kind = getattr(self._mpi, _LIBRARY_TYPES[dtype])
             operation = getattr(self._mpi, _LIBRARY_OPS["sum" if op == "mean" else op])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from windlass.engine.collectives import NUM_SPINS, Collectives
 from windlass.engine.listen import Event, tell
+from windlass.engine.world import World
 from windlass.plan.collective import SCHEDULES, Schedule, make_schedule
 from windlass.plan.linkcost import LinkCost, PairClass, Profile
 from windlass.plan.pick import LIBRARY, SHARED, Pick
@@ -158,6 +159,16 @@ def load_chooser(
         return None
     table = load_table(ranks=ranks, topology=topology.text, fingerprint=fingerprint(), warn=warn, folder=folder)
     return TableChooser(table) if table is not None and table.lookup("allreduce", 1) is not None else None
+
+
+def tuned_chooser(world: World) -> TableChooser | None:
+    """What `windlass tune cluster` has found for these ranks, as rank 0 finds it; None: nothing.  Collective."""
+    if world.size == 1:
+        return None
+    names = world.gather(world.host)
+    hosts = tuple(tuple(rank for rank, host in enumerate(names) if host == name) for name in dict.fromkeys(names))
+    chooser: TableChooser | None = world.broadcast(load_chooser(world.size, hosts) if world.rank == 0 else None)
+    return chooser
 
 
 def topology_of(hosts: Hosts) -> Topology | None:
