@@ -16,6 +16,7 @@ from windlass.cli import (
     bench,
     bench_allreduce,
     bench_cluster,
+    bench_ddp,
     collectives,
     collectives_plan,
     inspect,
@@ -49,6 +50,7 @@ app.command("inspect")(inspect.inspect_command)
 app.add_typer(tune_cluster.tune_app, name="tune")
 app.command("report")(report.report_command)
 bench.app.command("allreduce")(bench_allreduce.bench_allreduce_command)
+bench.app.command("ddp")(bench_ddp.bench_ddp_command)
 bench.app.command("cluster")(bench_cluster.bench_cluster_command)
 app.command("launch", context_settings=launch.CONTEXT)(launch.launch_command)
 app.add_typer(bench.app, name="bench")
