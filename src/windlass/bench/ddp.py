@@ -114,9 +114,9 @@ def _rank_main(arguments: list[str] | None = None) -> int:
 
     import torch.distributed as dist
 
-    import windlass.backend  # registers it
+    from windlass.backend import register
 
-    assert windlass.backend.register
+    register()
     dist.init_process_group("windlass")
     groups = {"windlass": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
     steps = {name: _trainer(spec, rank, group) for name, group in groups.items()}
