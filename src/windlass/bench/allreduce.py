@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from windlass.bench.ranks import enter
 from windlass.engine.launch import Launcher
 from windlass.errors import ConfigError
 from windlass.plan.pick import ALLREDUCE_NAMES, LIBRARY, Pick
@@ -131,38 +130,20 @@ def rows_to_json(rows: Sequence[AllreduceRow], machine: dict[str, Any]) -> str:
     return json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
 
 
-def _rank_main(arguments: list[str] | None = None) -> int:
+def _rank_main() -> int:
     """One rank of the benchmark."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--spec", required=True)
-    parser.add_argument("--channel", required=True)
-    parser.add_argument("--logs", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    spec = json.loads(options.spec)
+    from windlass.engine.world import join_world
 
-    from windlass.engine.channel import Channel
-    from windlass.engine.watch import StopRequest, Watchdog
-    from windlass.engine.world import join_world, world_from_environment
-    from windlass.worker import redirect_output
-
-    rank, size = world_from_environment() or (0, 1)
-    redirect_output(options.logs / f"rank-{rank}.log")
-    stop = StopRequest()
-    channel = Channel(options.channel, on_stop=lambda reason: stop.ask(reason))
-    world = join_world(size)
-    channel.hello(rank=world.rank, host=world.host)
-    watchdog = Watchdog(channel, stall_s=600, on_stall=lambda phase, idle_s: None)
-    rivals = _Rivals(spec["algorithms"])
-    for number, num_bytes in enumerate(spec["sizes"]):
-        watchdog.note("allreduce", number)
-        event = {"kind": "size", "ranks": size, "num_bytes": num_bytes, "picked": str(rivals.picked(num_bytes))}
-        event["seconds"] = rivals.measure(num_bytes, turns=spec["turns"])
-        if world.rank == 0:
-            channel.send({"kind": "event", "event": event})
-        if any(world.gather(stop.reason)):
-            channel.send({"kind": "error", "code": 130, "message": "interrupted"})
+    me = enter()
+    world = join_world(me.size)
+    rivals = _Rivals(me.spec["algorithms"])
+    for number, num_bytes in enumerate(me.spec["sizes"]):
+        me.watchdog.note("allreduce", number)
+        event = {"kind": "size", "ranks": me.size, "num_bytes": num_bytes, "picked": str(rivals.picked(num_bytes))}
+        me.say(event | {"seconds": rivals.measure(num_bytes, turns=me.spec["turns"])})
+        if me.give_up(world.gather(me.stop.reason)):
             return 0
-    channel.send({"kind": "bye", "code": 0})
+    me.channel.send({"kind": "bye", "code": 0})
     world.barrier()
     from mpi4py import MPI
 
@@ -193,7 +174,7 @@ class _Rivals:
         self._store = store
 
     def picked(self, num_bytes: int) -> Pick:
-        return self._collectives.choose(num_bytes)
+        return self._collectives.choose_prepared(num_bytes)
 
     def measure(self, num_bytes: int, *, turns: int) -> dict[str, list[float]]:
         import numpy as np

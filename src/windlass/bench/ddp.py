@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -10,10 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from windlass.bench.allreduce import quartiles
+from windlass.bench.ranks import enter
 from windlass.engine.launch import Launcher, threads_per_rank
 
 BACKENDS = ("windlass", "gloo")
@@ -88,29 +87,9 @@ def rows_to_json(rows: Sequence[DdpRow], machine: dict[str, Any]) -> str:
     return json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
 
 
-def _rank_main(arguments: list[str] | None = None) -> int:
+def _rank_main() -> int:
     """One rank of the benchmark."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--spec", required=True)
-    parser.add_argument("--channel", required=True)
-    parser.add_argument("--logs", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    spec = json.loads(options.spec)
-
-    from windlass.engine.channel import Channel
-    from windlass.engine.watch import StopRequest, Watchdog
-    from windlass.engine.world import world_from_environment
-    from windlass.worker import redirect_output
-
-    rank, size = world_from_environment() or (0, 1)
-    redirect_output(options.logs / f"rank-{rank}.log")
-    stop = StopRequest()
-    channel = Channel(options.channel, on_stop=lambda reason: stop.ask(reason))
-
-    import socket
-
-    channel.hello(rank=rank, host=socket.gethostname())
-    watchdog = Watchdog(channel, stall_s=600, on_stall=lambda phase, idle_s: None)
+    me = enter()
 
     import torch.distributed as dist
 
@@ -119,24 +98,22 @@ def _rank_main(arguments: list[str] | None = None) -> int:
     register()
     dist.init_process_group("windlass")
     groups = {"windlass": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
-    steps = {name: _trainer(spec, rank, group) for name, group in groups.items()}
-    for turn in range(-1, spec["turns"]):
+    steps = {name: _trainer(me.spec, me.rank, group) for name, group in groups.items()}
+    for turn in range(-1, me.spec["turns"]):
         for name in BACKENDS if turn % 2 else BACKENDS[::-1]:
-            watchdog.note(name, turn)
+            me.watchdog.note(name, turn)
             dist.barrier()
             started = time.perf_counter()
-            losses = [steps[name]() for _ in range(spec["steps"])]
+            losses = [steps[name]() for _ in range(me.spec["steps"])]
             dist.barrier()
-            seconds = (time.perf_counter() - started) / spec["steps"]
-            if rank == 0 and turn >= 0:  # the first turn warms up
-                event = {"kind": "turn", "backend": name, "turn": turn, "seconds": seconds, "losses": losses}
-                channel.send({"kind": "event", "event": event})
-        asked: list[Any] = [None] * size
-        dist.all_gather_object(asked, stop.reason)
-        if any(asked):
-            channel.send({"kind": "error", "code": 130, "message": "interrupted"})
+            seconds = (time.perf_counter() - started) / me.spec["steps"]
+            if turn >= 0:  # the first turn warms up
+                me.say({"kind": "turn", "backend": name, "turn": turn, "seconds": seconds, "losses": losses})
+        reasons: list[Any] = [None] * me.size
+        dist.all_gather_object(reasons, me.stop.reason)
+        if me.give_up(reasons):
             return 0
-    channel.send({"kind": "bye", "code": 0})
+    me.channel.send({"kind": "bye", "code": 0})
     dist.barrier()
     os._exit(0)  # Gloo's destructors now and then wait for ever
 

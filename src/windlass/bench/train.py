@@ -8,7 +8,6 @@ meets both alike.  The rival is DDP as its users write it; it is given every set
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -17,9 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from windlass.bench.ranks import enter
 from windlass.config import TrainConfig, config_from_layers
 from windlass.engine.launch import Launcher, threads_per_rank
 from windlass.engine.world import World
@@ -136,54 +135,32 @@ def rows_to_json(rows: list[Row], machine: dict[str, Any]) -> str:
     return json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
 
 
-def _rank_main(arguments: list[str] | None = None) -> int:
+def _rank_main() -> int:
     """One rank of the benchmark."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--spec", required=True)
-    parser.add_argument("--channel", required=True)
-    parser.add_argument("--logs", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    spec = json.loads(options.spec)
-
-    from windlass.engine.channel import Channel
-    from windlass.engine.watch import StopRequest, Watchdog
-    from windlass.engine.world import join_world, world_from_environment
+    from windlass.engine.world import join_world
     from windlass.prepare import prepare
-    from windlass.worker import redirect_output
 
-    rank, size = world_from_environment() or (0, 1)
-    redirect_output(options.logs / f"rank-{rank}.log")
-    stop = StopRequest()
-    channel = Channel(options.channel, on_stop=lambda reason: stop.ask(reason))
-    world = join_world(size)
-    channel.hello(rank=world.rank, host=world.host)
-    watchdog = Watchdog(channel, stall_s=600, on_stall=lambda phase, idle_s: None)
-    prepared = prepare(Job.from_mapping(spec["job"]), world)
+    me = enter()
+    world = join_world(me.size)
+    prepared = prepare(Job.from_mapping(me.spec["job"]), world)
     weights = copy.deepcopy(prepared.module)
     batches = [prepared.train.fetch(0, step) for step in range(min(8, prepared.train.num_steps - 1))]
     turns = {"windlass": _windlass_turn(prepared, batches), "ddp": _ddp_turn(prepared, weights, batches)}
-    for turn in range(-1, spec["turns"]):
+    for turn in range(-1, me.spec["turns"]):
         order = RIVALS if turn % 2 else RIVALS[::-1]
         for rival in order:
-            watchdog.note(rival, turn)
+            me.watchdog.note(rival, turn)
             world.barrier()
             started = time.perf_counter()
-            loss = turns[rival](spec["steps"])
+            loss = turns[rival](me.spec["steps"])
             world.barrier()
-            seconds = time.perf_counter() - started
-            event = {
-                "kind": "turn",
-                "network": spec["network"],
-                "rival": rival,
-                "turn": turn,
-                "seconds": seconds,
-            }
-            if world.rank == 0 and turn >= 0:  # the first turn warms up
-                channel.send({"kind": "event", "event": event | {"loss": loss, "turns": spec["turns"]}})
-            if any(world.gather(stop.reason)):
-                channel.send({"kind": "error", "code": 130, "message": "interrupted"})
+            event = {"kind": "turn", "network": me.spec["network"], "rival": rival, "turn": turn}
+            if turn >= 0:  # the first turn warms up
+                seconds = time.perf_counter() - started
+                me.say(event | {"seconds": seconds, "loss": loss, "turns": me.spec["turns"]})
+            if me.give_up(world.gather(me.stop.reason)):
                 return 0
-    channel.send({"kind": "bye", "code": 0})
+    me.channel.send({"kind": "bye", "code": 0})
     _leave(world)
     return 0
 

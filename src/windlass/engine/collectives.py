@@ -237,7 +237,7 @@ class Collectives:
         """
         if send.dtype == np.float16:
             send, receive = send.view(np.uint16), receive.view(np.uint16)
-        pick = pick or (Pick(SHARED) if self.shared and send.nbytes <= SMALL_BYTES else self.choose(send.nbytes))
+        pick = pick or self.choose_prepared(send.nbytes)
         self._check(pick, send, dtype, op)
         if pick.algorithm != SHARED or self.shared is None or not send.size:
             return lambda: self.allreduce(send, receive, dtype=dtype, op=op, pick=pick)
@@ -249,6 +249,10 @@ class Collectives:
             reduce()
 
         return counted
+
+    def choose_prepared(self, num_bytes: int) -> Pick:
+        """The algorithm of a prepared allreduce."""
+        return Pick(SHARED) if self.shared is not None and num_bytes <= SMALL_BYTES else self.choose(num_bytes)
 
     def _library(self, send: NDArray[Any], receive: NDArray[Any], *, dtype: str, op: str, mean: bool) -> Operation:
         kind, operation = getattr(self._mpi, _LIBRARY_TYPES[dtype]), getattr(self._mpi, _LIBRARY_OPS[op])
