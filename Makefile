@@ -1,5 +1,5 @@
 # make train: LeNet-5 learns handwritten digits on two worker processes.
-# make test:  linters, type checker, import contracts and tests.
+# make test:  linters, type checker, import contracts and tests; make test-all: the slow ones too.
 # Both make .venv when it is missing or older than the project's settings.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 TRAIN ?= lenet5 --data digits --workers 2
 
-.PHONY: train test lint format clean
+.PHONY: train test test-all lint format clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -16,6 +16,9 @@ train: $(VENV)/installed
 
 test: $(VENV)/tested lint
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/tested lint
+	$(BIN)/python -m pytest -m ''
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

@@ -158,6 +158,7 @@ def test_the_leading_rank_dies_then_the_next_until_one_is_left(elastic: Elastic)
     assert rows_of(out)[-1]["status"] == "done" and (out / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_two_die_at_once(elastic: Elastic) -> None:
     out = elastic("out", "--workers", "4", *RECORD, plants="SIGKILL:0:train:30,SIGKILL:2:train:30")
     assert sorted(rank for row in lost(out) for rank in row["ranks"]) == [0, 2]
@@ -165,7 +166,7 @@ def test_two_die_at_once(elastic: Elastic) -> None:
     check_every_sample_counted_once(out)
 
 
-@pytest.mark.parametrize("dies", ["0", "1"])
+@pytest.mark.parametrize("dies", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_spare_takes_the_place_and_no_bit_changes(elastic: Elastic, dies: str) -> None:
     """BatchNorm before the network: running statistics go on too, the loss of a spare's are its source's."""
     out = elastic("out", "--workers", "2", "--spares", "1", *RECORD, plants=f"SIGKILL:{dies}:train:31")
@@ -175,6 +176,7 @@ def test_a_spare_takes_the_place_and_no_bit_changes(elastic: Elastic, dies: str)
     check_same_bits(out, elastic("straight", "--workers", "2"))
 
 
+@pytest.mark.slow
 def test_a_spare_that_nobody_needs_changes_nothing(elastic: Elastic) -> None:
     out = elastic("out", "--workers", "2", "--spares", "1", "--elastic")
     assert not lost(out) and elastic.err == ""
@@ -188,7 +190,7 @@ def test_a_stopped_rank_is_killed_after_the_deadline_and_the_others_go_on(elasti
     check_every_sample_counted_once(out)
 
 
-@pytest.mark.parametrize("dies", ["0", "2"])
+@pytest.mark.parametrize("dies", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_death_during_the_evaluation_repeats_it(elastic: Elastic, dies: str) -> None:
     out = elastic("out", "--workers", "3", *RECORD, plants=f"SIGKILL:{dies}:test:3")
     (row,) = lost(out)
@@ -214,6 +216,7 @@ def test_a_death_during_a_checkpoint_leaves_it_to_the_next(elastic: Elastic) -> 
     assert all(damage(path) is None for path in list_checkpoints(out / "checkpoints"))
 
 
+@pytest.mark.slow
 def test_statistics_of_a_step_that_nobody_completed_are_taken_back(elastic: Elastic) -> None:
     """With BatchNorm, a spare and no loss: test losses of the run with a death are those of its source's statistics.
 

@@ -84,7 +84,10 @@ class Watchdog:
 
     def note(self, phase: str, step: int) -> None:
         """Says what is being done now; every call counts as progress."""
+        started = self._phase in STARTS and phase not in STARTS
         self._phase, self._step, self._moved = phase, step, time.monotonic()
+        if started:  # the launcher has less patience from now on, and must know at once
+            self._channel.send({"kind": "beat", "phase": phase, "step": step, "idle_s": 0.0})
 
     def close(self) -> None:
         """No more signs of life."""
