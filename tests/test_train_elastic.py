@@ -190,7 +190,8 @@ def test_a_stopped_rank_is_killed_after_the_deadline_and_the_others_go_on(elasti
     check_every_sample_counted_once(out)
 
 
-@pytest.mark.parametrize("dies", ["0", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", ["0", "2"])
 def test_a_death_during_the_evaluation_repeats_it(elastic: Elastic, dies: str) -> None:
     out = elastic("out", "--workers", "3", *RECORD, plants=f"SIGKILL:{dies}:test:3")
     (row,) = lost(out)
@@ -204,6 +205,7 @@ def test_a_death_during_the_evaluation_repeats_it(elastic: Elastic, dies: str) -
     assert [row["test_loss"] for row in epochs] == pytest.approx(tests, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_death_during_a_checkpoint_leaves_it_to_the_next(elastic: Elastic) -> None:
     out = elastic("out", "--workers", "2", *RECORD, plants="SIGKILL:0:save:1")
     (row,) = lost(out)

@@ -72,7 +72,7 @@ def map_shared(comm: MPI.Intracomm, num_bytes: int) -> mmap.mmap:
         if (comm.Get_rank() == 0) == (turn == 0):
             try:
                 memory = _map(path, num_bytes, create=turn == 0)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # no such file, or one that is too short
                 problem = str(error)
         comm.Barrier()
     problems = [text for text in comm.allgather(problem) if text]
