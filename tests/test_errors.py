@@ -10,7 +10,7 @@ from windlass.errors import EXIT_CODES, ConfigError, WindlassError, unknown
 KINDS = [
     kind
     for kind in vars(errors).values()
-    if inspect.isclass(kind) and kind.__base__ is WindlassError
+    if inspect.isclass(kind) and issubclass(kind, WindlassError) and kind.__base__ is WindlassError
 ]
 """Kinds of errors; finer ones share the status of theirs."""
 
