@@ -265,7 +265,7 @@ def test_progress_is_told_for_what_is_measured_only() -> None:
     [
         (
             {"tune": "mesure"},
-            "tune: unknown way to tune 'mesure'; did you mean 'measure'? There are: measure, model",
+            "tune: unknown way to tune 'mesure'; did you mean 'measure'? There are: auto, measure, model",
         ),
         ({"accuracy": "stric"}, "accuracy: unknown accuracy 'stric'; did you mean 'strict'"),
         ({"workspace_mb": -1}, "workspace_mb: needs a number of at least 0, got -1"),

@@ -172,6 +172,10 @@ class _Rivals:
         store = store or TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=self._comm.Get_rank(), world_size=self._comm.Get_size())
         self._store = store
+        cores = sorted(os.sched_getaffinity(0))
+        if self._comm.Get_size() <= len(cores):
+            # Blocking rivals are woken on their waker's core: without this two ranks end up on one, for all alike.
+            os.sched_setaffinity(0, {cores[self._comm.Get_rank()]})
 
     def picked(self, num_bytes: int) -> Pick:
         return self._collectives.choose_prepared(num_bytes)

@@ -47,8 +47,9 @@ SPINS = 2000
 """Turns of waiting in the kernel before it returns to its caller (tens of microseconds)."""
 CROWDED_SPINS = 100
 """The same where ranks outnumber cores: each turn lets another process run."""
-YIELDS = 400
-"""Turns of waiting that then follow, of which each lets another process run."""
+YIELDS = 4000
+"""Turns of waiting that then follow, of which each lets another process run: longer than a sleep takes to end, or two
+ranks that wait for each other by turns would sleep by turns for ever after."""
 SLEEP_S = 30e-6
 """How long a waiting rank sleeps thereafter between calls of the kernel."""
 

@@ -26,9 +26,11 @@ Action = Callable[[], object]
 
 TURN_S = 3e-3
 """A turn repeats a short operation until it has taken about so long."""
+LONG_TURN_S = 20e-3
+"""And no longer than this, unless once takes longer."""
 HOPELESS = 20.0
 """Who is so many times slower than the fastest has one turn only."""
-MAX_REPEATS = 200
+MAX_REPEATS = 5000
 MESSAGE_TURNS = 9
 """Ping-pongs are measured so often; the median counts."""
 MESSAGES_S = 1.0
@@ -42,7 +44,7 @@ def time_turns(
 ) -> dict[str, list[float]]:
     """Seconds per call of every rival's turns: of each turn the slowest rank's; equal on all ranks.  Collective.
 
-    Each is called twice beforehand; the second call says how often a turn repeats it.  Ranks that outnumber the
+    Each is called twice beforehand; how often a turn repeats it is found by trying.  Ranks that outnumber the
     cores wait for a common begin with few `spins`; None: they never sleep there.  Out of a barrier ranks come one or
     two latencies apart; those that share a clock begin by it, `lead_s` seconds after they have agreed.
     """
@@ -52,13 +54,25 @@ def time_turns(
         first[name] = _slowest(comm, action, 1, spins, lead_s)
     fastest = min(first.values())
     running = [name for name in rivals if first[name] <= HOPELESS * fastest]
-    repeats = {name: max(1, min(MAX_REPEATS, round(TURN_S / max(first[name], 1e-7)))) for name in running}
+    repeats = {name: _repeats(comm, rivals[name], first[name], spins, lead_s) for name in running}
     seconds = {name: [] if name in running else [first[name]] for name in rivals}
     for turn in range(turns):
         start = turn % len(running)
         for name in running[start:] + running[:start]:
             seconds[name].append(_slowest(comm, rivals[name], repeats[name], spins, lead_s))
     return seconds
+
+
+def _repeats(comm: MPI.Intracomm, action: Action, once: float, spins: int | None, lead_s: float) -> int:
+    """How often a turn repeats an action; one call alone is mostly the ranks' coming together."""
+    repeats, total = 1, once
+    while repeats < MAX_REPEATS and total < LONG_TURN_S:
+        more = min(MAX_REPEATS, 4 * repeats)
+        before, repeats = total, more
+        total = more * _slowest(comm, action, more, spins, lead_s)
+        if total > TURN_S and total > 2.5 * before:  # four times as many take longer: the work is what is timed
+            break
+    return min(repeats, MAX_REPEATS)
 
 
 def time_messages(
