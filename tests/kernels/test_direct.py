@@ -173,6 +173,7 @@ def test_it_runs_as_plain_python() -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are names of x86 processors")
+@pytest.mark.slow
 def test_narrower_registers_get_smaller_tiles() -> None:
     names = ["odd sizes and channels", "first layer", "depthwise, odd", "fours"]
     assert on_another_host(names, ["channels_last"], NUMBA_CPU_NAME="x86-64-v3", NUMBA_CPU_FEATURES="") == "6 16"

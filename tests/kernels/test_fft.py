@@ -415,5 +415,6 @@ def test_it_runs_as_plain_python() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are names of x86 processors")
 @pytest.mark.parametrize(("name", "tile"), [("x86-64-v3", "2 16"), ("x86-64-v2", "1 16")])
+@pytest.mark.slow
 def test_narrower_registers_get_smaller_tiles(name: str, tile: str) -> None:
     assert on_another_host(20, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES="") == tile
