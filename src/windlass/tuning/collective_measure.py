@@ -26,8 +26,8 @@ Action = Callable[[], object]
 
 TURN_S = 3e-3
 """A turn repeats a short operation until it has taken about so long."""
-LONG_TURN_S = 20e-3
-"""And no longer than this, unless once takes longer."""
+TRIED = 5
+"""Calls of a trial turn, and trial turns; the fastest says how long a call takes."""
 HOPELESS = 20.0
 """Who is so many times slower than the fastest has one turn only."""
 MAX_REPEATS = 5000
@@ -65,14 +65,10 @@ def time_turns(
 
 def _repeats(comm: MPI.Intracomm, action: Action, once: float, spins: int | None, lead_s: float) -> int:
     """How often a turn repeats an action; one call alone is mostly the ranks' coming together."""
-    repeats, total = 1, once
-    while repeats < MAX_REPEATS and total < LONG_TURN_S:
-        more = min(MAX_REPEATS, 4 * repeats)
-        before, repeats = total, more
-        total = more * _slowest(comm, action, more, spins, lead_s)
-        if total > TURN_S and total > 2.5 * before:  # four times as many take longer: the work is what is timed
-            break
-    return min(repeats, MAX_REPEATS)
+    if once > 10 * TURN_S:
+        return 1
+    least = min(_slowest(comm, action, TRIED, spins, lead_s) for _ in range(TRIED))
+    return max(1, min(MAX_REPEATS, round(TURN_S / max(least, 1e-7))))
 
 
 def time_messages(
@@ -145,6 +141,7 @@ def _slowest(comm: MPI.Intracomm, action: Action, repeats: int, spins: int | Non
     if lead_s:
         begin = max(_gathered(comm, time.perf_counter(), spins)) + lead_s
         time.sleep(max(0.0, begin - time.perf_counter()))
+    action()  # out of a barrier ranks come apart, out of the operation itself together
     started = time.perf_counter()
     for _ in range(repeats):
         action()
