@@ -30,7 +30,7 @@ NUM_SPINS = 300
 SLEEP_S = 30e-6
 """How long a waiting rank sleeps between tests."""
 SMALL_BYTES = 8 << 10
-"""Up to here the library's own is faster than anything that is driven from Python."""
+"""Up to here the library's own is faster than what is driven from Python and not prepared."""
 SEGMENT_BYTES = 32 << 10
 """Longer messages between hosts travel in segments: above its eager limit Open MPI's TCP exchanges half duplex."""
 NUM_TAGS = 1 << 14
@@ -118,7 +118,6 @@ class Collectives:
     Attributes:
         rank, size: this rank and how many there are.
         hosts: the ranks of each host.
-        bytes_sent: what this rank has sent, or put into shared memory, in all operations that are complete.
     """
 
     def __init__(
@@ -146,10 +145,20 @@ class Collectives:
         self._names: list[str] = comm.allgather(MPI.Get_processor_name())
         self._timeout_s, self._check_others, self._checked_at = timeout_s, check, 0.0
         self.fixed_order = fixed_order
-        self.choose = choose or self.default_choice
-        self.bytes_sent = 0
+        self._asked = choose or self.default_choice
+        self._bytes_sent = 0
         self._scratch = Scratch()
         self._next_tag = 0
+
+    def choose(self, num_bytes: int) -> Pick:
+        """The chooser's algorithm; one that these ranks cannot run, for want of shared memory, is not taken."""
+        pick = self._asked(num_bytes)
+        return self.default_choice(num_bytes) if pick.algorithm == SHARED and self.shared is None else pick
+
+    @property
+    def bytes_sent(self) -> int:
+        """What this rank has sent, or written into shared memory, in all operations that are complete; as counted."""
+        return self._bytes_sent + (self.shared.bytes_written if self.shared is not None else 0)
 
     def default_choice(self, num_bytes: int) -> Pick:
         """What is known to be good without having measured.
@@ -197,7 +206,6 @@ class Collectives:
             return DONE
         if pick.algorithm == SHARED:
             assert self.shared is not None
-            self.bytes_sent += send.nbytes
             return self.shared.start(send, receive, dtype=dtype, op=op, mean=mean)
         if pick.algorithm == LIBRARY and dtype in _LIBRARY_TYPES:
             return self._library(send, receive, dtype=dtype, op=op, mean=mean)
@@ -242,13 +250,7 @@ class Collectives:
         if pick.algorithm != SHARED or self.shared is None or not send.size:
             return lambda: self.allreduce(send, receive, dtype=dtype, op=op, pick=pick)
         mean = op == "mean"
-        reduce = self.shared.prepare(send, receive, dtype=dtype, op="sum" if mean else op, mean=mean)
-
-        def counted() -> None:
-            self.bytes_sent += send.nbytes
-            reduce()
-
-        return counted
+        return self.shared.prepare(send, receive, dtype=dtype, op="sum" if mean else op, mean=mean)
 
     def choose_prepared(self, num_bytes: int) -> Pick:
         """The algorithm of a prepared allreduce."""
@@ -291,7 +293,8 @@ class Collectives:
         if op not in OPS and op != "mean":
             raise ConfigError(f"allreduce knows sum, mean, max, min and prod, got {op!r}")
         if pick.algorithm == SHARED and self.size > 1 and self.shared is None:
-            raise ConfigError(f"shared memory needs all ranks on one host; they are on {len(self.hosts)}")
+            where = f"they are on {len(self.hosts)}" if len(self.hosts) > 1 else "and they could not map any"
+            raise ConfigError(f"shared memory needs all ranks on one host; {where}")
         if self.fixed_order and pick.algorithm not in ORDERED:
             raise ConfigError(f"{pick.algorithm} does not add in the order of ranks; choose from: {', '.join(ORDERED)}")
 
@@ -367,7 +370,7 @@ class Collectives:
         )  # fmt: skip
 
         def done() -> None:
-            self.bytes_sent += run.bytes_sent
+            self._bytes_sent += run.bytes_sent
             if finish is not None:
                 finish()
 

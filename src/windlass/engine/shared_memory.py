@@ -123,6 +123,9 @@ class SharedAllreduce:
         comm: a communicator whose ranks share memory; making this object is collective.
         piece_bytes: the shared memory holds `SLOTS` pieces for every rank, and for the result.
 
+    Attributes:
+        bytes_written: what this rank has written into the shared memory, in operations that are complete.
+
     Raises:
         OSError: on all ranks, where they cannot share memory, as in containers of their own or on a full disk.
     """
@@ -138,6 +141,7 @@ class SharedAllreduce:
         self._counters = whole[:counters].view(np.int64)
         self._small = whole[counters : counters + small]
         self._pieces = whole[counters + small :]
+        self.bytes_written = 0
         self._scratch: dict[str, NDArray[Any]] = {}
         self._base = self._number = 0
         self._under_way: deque[SharedRequest] = deque()
@@ -163,6 +167,7 @@ class SharedAllreduce:
             return lambda: self.start(send, receive, dtype=dtype, op=op, mean=mean).wait()
         descriptor, kernel, like, wide = self._describe(send, receive, dtype=dtype, op=op, mean=mean)
         number, begun, spins, crowded = (ENTRY[name] for name in ("number", "begun", "spins", "crowded"))
+        written = ENTRY["written"]
         keep = (send, receive)  # the descriptor knows their addresses only
 
         def reduce() -> None:
@@ -171,10 +176,11 @@ class SharedAllreduce:
                 self.start(send, receive, dtype=dtype, op=op, mean=mean).wait()
                 return
             descriptor[number] = self._number
-            descriptor[begun] = 0
+            descriptor[begun] = descriptor[written] = 0
             self._number += 1
             if not kernel(descriptor, like, wide):
                 self.wait(move)
+            self.bytes_written += int(descriptor[written]) * send.itemsize
 
         def move(turns: int, yields: bool) -> bool:
             descriptor[spins], descriptor[crowded] = turns, yields
@@ -216,12 +222,14 @@ class SharedAllreduce:
         descriptor, kernel, like, wide = self._describe(send, receive, dtype=dtype, op=op, mean=mean)
         descriptor[ENTRY["number"]] = self._number
         self._number += 1
-        spins, crowded = ENTRY["spins"], ENTRY["crowded"]
+        spins, crowded, written = ENTRY["spins"], ENTRY["crowded"], ENTRY["written"]
 
         def move(turns: int, yields: bool) -> bool:
             assert send.size == receive.size  # and they live as long as this does
             descriptor[spins], descriptor[crowded] = turns, yields
-            return bool(kernel(descriptor, like, wide))
+            done = bool(kernel(descriptor, like, wide))
+            self.bytes_written += int(descriptor[written]) * send.itemsize if done else 0
+            return done
 
         return move
 
@@ -235,6 +243,7 @@ class SharedAllreduce:
             "x": send.ctypes.data, "out": receive.ctypes.data, "length": send.size, "acc": self._acc(dtype).ctypes.data,
             "rank": self.rank, "size": self.size, "place": self._one_shot_bytes // kind.itemsize, "number": 0,
             "op": OPS[op], "mean": mean, "spins": self.spins, "crowded": self.crowded, "begun": 0,
+            "written": 0,
         }  # fmt: skip
         descriptor = np.array([values[name] for name in DESCRIPTOR], dtype=np.int64)
         return descriptor, make_one_shot(kind_of(dtype)), np.empty(0, dtype=kind), np.empty(0, dtype=WIDE[dtype])
@@ -243,11 +252,11 @@ class SharedAllreduce:
         kind = np.dtype(STORAGE[dtype])
         piece = self.piece_bytes // kind.itemsize
         progress, data, acc, number = make_progress(kind_of(dtype)), self._pieces.view(kind), self._acc(dtype), OPS[op]
-        state = np.array([self._base, 0, 0, 0], dtype=np.int64)
+        state = np.array([self._base, 0, 0, 0, 0], dtype=np.int64)
         self._base += -(-send.size // piece)
 
         def move(turns: int, yields: bool) -> bool:
-            return bool(
+            done = bool(
                 progress(
                     self._counters,
                     data,
@@ -265,6 +274,8 @@ class SharedAllreduce:
                     yields,
                 )
             )
+            self.bytes_written += int(state[4]) * kind.itemsize if done else 0
+            return done
 
         return move
 

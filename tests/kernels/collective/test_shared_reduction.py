@@ -96,7 +96,7 @@ class Host:
     def reduce(self, parts: list[NDArray[Any]], *, op: str, mean: bool, seed: int) -> list[NDArray[Any]]:
         """Moves ranks on in a random order until all are done."""
         outs = [np.zeros_like(part) for part in parts]
-        states = [np.array([self.base, 0, 0, 0], dtype=np.int64) for _ in parts]
+        states = [np.array([self.base, 0, 0, 0, 0], dtype=np.int64) for _ in parts]
         left, random = list(range(self.size)), np.random.default_rng(seed)
         for _ in range(100_000):
             if not left:
@@ -109,6 +109,7 @@ class Host:
             if done:
                 left.remove(rank)
         assert not left, "somebody waits for ever"
+        assert [state[4] for state in states] == [part.size for part in parts], "what was written, counted"
         self.base += -(-parts[0].size // self.piece)
         return outs
 
@@ -143,7 +144,7 @@ def test_in_one_go_two_places_are_enough(dtype: str) -> None:
             "counters": counters.ctypes.data, "num_counters": counters.size, "data": data.ctypes.data,
             "num_data": data.size, "x": parts[number][rank].ctypes.data, "out": outs[number][rank].ctypes.data,
             "length": length, "acc": acc.ctypes.data, "rank": rank, "size": size, "place": place, "number": number,
-            "op": 0, "mean": 0, "spins": 0, "crowded": 0, "begun": 0,
+            "op": 0, "mean": 0, "spins": 0, "crowded": 0, "begun": 0, "written": 0,
         }  # fmt: skip
         return np.array([values[name] for name in DESCRIPTOR], dtype=np.int64)
 

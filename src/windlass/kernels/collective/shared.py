@@ -69,7 +69,8 @@ def make_progress(kind: int) -> Any:
     - counters (int64), data (storage): the shared memory;
     - x, out: this rank's buffer and its result, which may be the same;
     - acc: scratch of the wide type;
-    - state: [base, copied in, reduced, taken] pieces, of which `progress` keeps the last three;
+    - state: [base, copied in, reduced, taken] pieces, of which `progress` keeps the last three, and how many elements
+      it has written into the shared memory;
     - mean: whether the result is divided by `size`;
     - spins: turns of waiting before it returns; crowded: more ranks than cores.
 
@@ -126,6 +127,8 @@ def make_progress(kind: int) -> Any:
             number = state[1]
             if number < pieces and _least(counters, 2, size) >= base + number - slots + 1:
                 first, at = number * piece, (base + number) % slots * (size + 1) * piece
+                low, high = slice_bounds(rank, size, min(piece, length - first))
+                state[4] += min(piece, length - first) - (high - low)
                 copying_in(data, x, at, first, min(piece, length - first), rank, size, piece)
                 state[1] = number + 1
                 store_release(counters, mine, base + number + 1)
@@ -133,6 +136,8 @@ def make_progress(kind: int) -> Any:
             number = state[2]
             if number < state[1] and _least(counters, 0, size) >= base + number + 1:
                 first, at = number * piece, (base + number) % slots * (size + 1) * piece
+                low, high = slice_bounds(rank, size, min(piece, length - first))
+                state[4] += high - low
                 reducing(data, x, out, acc, at, first, min(piece, length - first), rank, size, piece, op, mean)
                 state[2] = number + 1
                 store_release(counters, mine + 16, base + number + 1)
@@ -158,7 +163,7 @@ def make_progress(kind: int) -> Any:
 
 DESCRIPTOR = (
     "counters", "num_counters", "data", "num_data", "x", "out", "length", "acc", "rank", "size", "place", "number",
-    "op", "mean", "spins", "crowded", "begun",
+    "op", "mean", "spins", "crowded", "begun", "written",
 )  # fmt: skip
 """What an operation in one go is described by: addresses, lengths and numbers, all as int64, since one argument is
 unpacked faster than many."""
@@ -184,6 +189,7 @@ def make_one_shot(kind: int) -> Any:
         if d[16] == 0:
             mine = base + rank * place
             data[mine : mine + length] = x[:length]
+            d[17] += length
             store_release(counters, (rank * 4 + 3) * 16, number + 1)
             d[16] = 1
         for other in range(size):
