@@ -6,6 +6,7 @@ ping-pong written as a schedule: their times have in them what driving them from
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,9 @@ TURN_S = 3e-3
 TRIED = 5
 """Calls of a trial turn, and trial turns; the fastest says how long a call takes."""
 HOPELESS = 20.0
-"""Who is so many times slower than the fastest has one turn only."""
+"""Who is so many times slower than the fastest has one turn only..."""
+HOPELESS_S = 0.1
+"""... if a call takes longer than this: first calls of short operations say little."""
 MAX_REPEATS = 5000
 MESSAGE_TURNS = 9
 """Ping-pongs are measured so often; the median counts."""
@@ -52,23 +55,29 @@ def time_turns(
     for name, action in rivals.items():
         _slowest(comm, action, 1, spins, lead_s)
         first[name] = _slowest(comm, action, 1, spins, lead_s)
-    fastest = min(first.values())
-    running = [name for name in rivals if first[name] <= HOPELESS * fastest]
-    repeats = {name: _repeats(comm, rivals[name], first[name], spins, lead_s) for name in running}
+    slowest = max(HOPELESS * min(first.values()), HOPELESS_S)
+    running = [name for name in rivals if first[name] <= slowest]
+    least = {name: _least(comm, rivals[name], first[name], spins, lead_s) for name in running}
     seconds = {name: [] if name in running else [first[name]] for name in rivals}
-    for turn in range(turns):
-        start = turn % len(running)
-        for name in running[start:] + running[:start]:
-            seconds[name].append(_slowest(comm, rivals[name], repeats[name], spins, lead_s))
+    order = random.Random(0)  # the same on all ranks; by rotation everybody would follow the same rival for ever
+    for _ in range(turns):
+        for name in order.sample(running, len(running)):
+            took = _slowest(comm, rivals[name], _repeats(least[name]), spins, lead_s)
+            seconds[name].append(took)
+            least[name] = min(least[name], took)  # a trial that was disturbed would make all its turns too short
     return seconds
 
 
-def _repeats(comm: MPI.Intracomm, action: Action, once: float, spins: int | None, lead_s: float) -> int:
-    """How often a turn repeats an action; one call alone is mostly the ranks' coming together."""
+def _least(comm: MPI.Intracomm, action: Action, once: float, spins: int | None, lead_s: float) -> float:
+    """Seconds per call, roughly; one call alone is mostly the ranks' coming together."""
     if once > 10 * TURN_S:
-        return 1
-    least = min(_slowest(comm, action, TRIED, spins, lead_s) for _ in range(TRIED))
-    return max(1, min(MAX_REPEATS, round(TURN_S / max(least, 1e-7))))
+        return once
+    return min(_slowest(comm, action, TRIED, spins, lead_s) for _ in range(TRIED))
+
+
+def _repeats(seconds: float) -> int:
+    """How often a turn repeats what takes so long."""
+    return max(1, min(MAX_REPEATS, round(TURN_S / max(seconds, 1e-7))))
 
 
 def time_messages(
@@ -141,7 +150,10 @@ def _slowest(comm: MPI.Intracomm, action: Action, repeats: int, spins: int | Non
     if lead_s:
         begin = max(_gathered(comm, time.perf_counter(), spins)) + lead_s
         time.sleep(max(0.0, begin - time.perf_counter()))
-    action()  # out of a barrier ranks come apart, out of the operation itself together
+    # Out of a barrier ranks come apart, out of the operation itself together.  After a rival whose ranks sleep the
+    # scheduler needs milliseconds to spread them over the cores again: a turn is settled by another, not timed.
+    for _ in range(max(1, repeats)):
+        action()
     started = time.perf_counter()
     for _ in range(repeats):
         action()

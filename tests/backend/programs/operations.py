@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from leave import leave
 
 import windlass  # noqa: F401  registers the backend
 
@@ -312,3 +313,4 @@ if __name__ == "__main__":
         check()
     dist.barrier()
     dist.destroy_process_group()
+    leave()

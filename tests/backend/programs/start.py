@@ -7,6 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from leave import leave
 
 import windlass.backend
 from windlass.errors import ConfigError
@@ -27,3 +28,4 @@ if __name__ == "__main__":
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.write(place)
+    leave()

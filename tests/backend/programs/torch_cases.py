@@ -32,6 +32,7 @@ for folder in ("barrier", "test_dir", "init_dir"):
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from leave import leave  # noqa: E402
 from torch.testing._internal.common_distributed import TEST_SKIPS  # noqa: E402
 from torch.testing._internal.distributed import distributed_test  # noqa: E402
 
@@ -126,3 +127,4 @@ def main(wanted: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave()

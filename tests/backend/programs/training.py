@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook as power_sgd
+from leave import leave
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -251,3 +252,4 @@ if __name__ == "__main__":
         sys.stdout.write(f"{RANK}: {name}\n")
         sys.stdout.flush()
     dist.destroy_process_group()
+    leave()
