@@ -14,8 +14,10 @@ TRAIN ?= lenet5 --data digits --workers 2
 train: $(VENV)/installed
 	$(BIN)/windlass train $(TRAIN)
 
+# What starts ranks has all cores for itself; the rest runs on as many processes as there are cores.
 test: $(VENV)/tested lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not mpi and not slow' --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest -m 'mpi and not slow'
 
 test-all: $(VENV)/tested lint
 	$(BIN)/python -m pytest -m ''

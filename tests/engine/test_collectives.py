@@ -12,6 +12,7 @@ from windlass.engine.launch import find_mpiexec, mpiexec_options
 PROGRAM = Path(__file__).with_name("ranks_collectives.py")
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_on_real_ranks(num_ranks: int) -> None:
     command = [find_mpiexec(), *mpiexec_options(num_ranks), sys.executable, "-m", "mpi4py", str(PROGRAM)]

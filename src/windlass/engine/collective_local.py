@@ -67,7 +67,7 @@ class Result:
         values: the buffer of each rank.  Chunks of which the collective promises nothing, such as those of others
             after a reduce_scatter, hold whatever the schedule left there.
         trace: every message in the order in which it was done: rank, step, message.
-        seconds: how long it took; this engine knows no clock.
+        seconds: how long it took; 0 where an engine knows no clock.
     """
 
     values: list[Array]
