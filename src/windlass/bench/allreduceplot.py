@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from windlass.bench.allreduce import CHOSEN, COPY, GLOO, AllreduceRow
+from windlass.bench.allreduce import BACKEND, CHOSEN, COPY, GLOO, AllreduceRow
 from windlass.plan.pick import LIBRARY, SHARED
 from windlass.plan.sizes import format_bytes
 
@@ -14,6 +14,7 @@ from windlass.plan.sizes import format_bytes
 STYLES: dict[str, dict[str, Any]] = {
     CHOSEN: {"color": "#000000", "linewidth": 3.0, "alpha": 0.35},
     GLOO: {"color": "#999999", "marker": "s", "linestyle": "--"},
+    BACKEND: {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     LIBRARY: {"color": "#000000", "marker": "o"},
     SHARED: {"color": "#D55E00", "marker": "*"},
     "direct": {"color": "#E69F00", "marker": "D", "linestyle": ":"},
