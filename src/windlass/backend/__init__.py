@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from windlass.backend.options import Options
-from windlass.backend.register import register
+from windlass.backend.register import backend_for, register
 
 if TYPE_CHECKING:
     from windlass.backend.barrier import barrier
@@ -18,6 +18,7 @@ __all__ = [
     "Int16State",
     "LostPeerError",
     "Options",
+    "backend_for",
     "barrier",
     "bf16_compress_hook",
     "int16_stochastic_hook",

@@ -67,3 +67,12 @@ class _Watch(importlib.abc.MetaPathFinder):
 
             loader.exec_module = execute_and_register
         return spec
+
+
+def backend_for(device: str) -> str:
+    """The backend that moves tensors of a device: ``nccl`` for CUDA's, else ``windlass``.
+
+    >>> backend_for("cpu"), backend_for("cuda:1")
+    ('windlass', 'nccl')
+    """
+    return "nccl" if device.partition(":")[0] == "cuda" else "windlass"
