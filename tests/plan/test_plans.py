@@ -78,7 +78,7 @@ def test_levers_and_layers_may_be_left_out_altogether() -> None:
     assert set(plan.levers) == set(LEVERS) and plan.layers == ()
 
 
-NONSENSE: tuple[Any, ...] = ("nonsense", 1.5, 3, [])
+NONSENSE: tuple[Any, ...] = ("nonsense", 1.5, 0, [])
 IMPOSSIBLE = [*((value, bare) for value in NONSENSE for bare in (False, True)), (None, False)]
 """A bare null leaves the lever out."""
 
@@ -90,7 +90,7 @@ def test_an_impossible_value_is_refused_with_place_and_choices(name: str, value:
     spoiled["levers"][name] = value if bare else {"value": value, "reason": ""}
     line = refused(spoiled)
     lever = LEVERS[name]
-    assert line.startswith((f"p.yaml: levers.{name}: {value!r}", f"p.yaml: levers.{name}: 3 is out"))
+    assert line.startswith((f"p.yaml: levers.{name}: {value!r}", f"p.yaml: levers.{name}: 0 is out"))
     assert all(spell(choice) in line for choice in lever.values)
     assert lever.values or "whole number" in line
 
