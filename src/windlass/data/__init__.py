@@ -16,6 +16,7 @@ from windlass.data.digits import check_digits, open_digits
 from windlass.data.folder import check_folder, open_folder
 from windlass.data.idx import check_idx, open_fashion_mnist, open_mnist
 from windlass.data.order import EpochOrder, permute, shard, uniforms
+from windlass.data.patches import check_patches, open_patches
 from windlass.data.synthetic import check_synthetic, open_synthetic
 from windlass.errors import ConfigError, unknown
 
@@ -104,7 +105,22 @@ SOURCES: dict[str, SourceEntry] = {
         argument="CxHxW:CLASSES:COUNT",
         description="made-up images that can be learned, 2,048 of 3x32x32 in 10 classes unless told",
     ),
+    "patches": SourceEntry(
+        open=lambda argument, holdout: open_patches(argument, holdout, open_source=_open),
+        check=lambda argument, holdout: check_patches(argument, holdout, check_source=_check),
+        needs_path=False,
+        argument="SOURCE:HxW:COUNT",
+        description="unlabelled patches, 2,048 of 16x16 of made-up natural pictures, or of the images of SOURCE",
+    ),
 }
+
+
+def _open(spec: str, holdout: float) -> Dataset:
+    return open_dataset(spec, holdout=holdout)
+
+
+def _check(spec: str, holdout: float) -> None:
+    check_dataset(spec, holdout=holdout)
 
 
 def parse_spec(spec: str) -> tuple[str, str]:

@@ -79,6 +79,13 @@ NETWORKS: dict[str, NetworkEntry] = {
     "resnet50": _resnet(50),
     "resnet101": _resnet(101),
     "resnet152": _resnet(152),
+    "coates": NetworkEntry(
+        factory="windlass.networks.coates:coates",
+        title="sparse autoencoder with untied receptive fields, one stage (Coates et al. 2013)",
+        default_size=200,
+        min_size=8,
+        num_classes=1,
+    ),
 }
 """Name, as typed on a command line, of every built-in network."""
 
