@@ -1,0 +1,158 @@
+"""Placed networks beside plain ones: ``equivalence.py BACKEND NET...``; rank 0 writes a line for each placement."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from leave import leave
+from torch import Tensor, nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from placement_cases import NETS, PLACEMENTS, build, input_shape, placement
+
+from windlass.parallel import PlacedModule, apply
+
+dist: Any = torch.distributed
+STEPS = 3
+TOLERANCE = 1e-9
+"""Of a tensor's largest element, in float64: sums of up to 10^5 terms in another order differ by 10^5 2^-53 = 10^-11 of
+their terms' sizes, over some twenty layers and three steps."""
+
+Record = list[tuple[float, dict[str, Tensor]]]
+"""The loss and the whole gradients of every step."""
+
+
+def batch_of(net: str, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    images = torch.randn(input_shape(net), generator=generator, dtype=torch.float64)
+    return images, torch.randint(0, 10, (len(images),), generator=generator)
+
+
+def summed_loss(outputs: Any, labels: Tensor) -> Tensor:
+    """Auxiliary outputs count 0.3."""
+    several = outputs if isinstance(outputs, tuple) else (outputs,)
+    losses = [functional.cross_entropy(output, labels, reduction="sum") for output in several]
+    return losses[0] + 0.3 * sum(losses[1:], torch.zeros((), dtype=torch.float64))
+
+
+def descend(network: nn.Module, rate: float) -> None:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(rate * parameter.grad)
+            parameter.grad = None
+
+
+def plain(net: str) -> tuple[Record, dict[str, Tensor], Tensor]:
+    """The run of the network as it is: records, state, logits in evaluation."""
+    network, record = build(net).train(), []
+    for step in range(STEPS):
+        images, labels = batch_of(net, step)
+        loss: Any = summed_loss(network(images), labels) / len(images)
+        loss.backward()
+        record.append(
+            (loss.item(), {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+        )
+        descend(network, NETS[net].rate)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    return record, state, network.eval()(batch_of(net, STEPS)[0])
+
+
+def placed(net: str, model: PlacedModule) -> Record:
+    model.train()
+    record = []
+    ours = counts_here(model)
+    for step in range(STEPS):
+        images, labels = batch_of(net, step)
+        model.begin_step(step, len(images))
+        loss: Any = summed_loss(model(model.local_images(images)), model.local_labels(labels)) / len(images)
+        loss.backward()
+        model.sum_gradients()
+        if step == 0:
+            check_bytes(model, len(images))
+        whole = loss.detach() * ours
+        dist.all_reduce(whole)
+        record.append((whole.item(), model.gather_gradients()))
+        descend(model, NETS[net].rate)
+    return record
+
+
+def counts_here(model: PlacedModule) -> float:
+    """Workers with the same samples compute the same loss: the first of them counts."""
+    mesh = model.transport.mesh
+    places = mesh.coordinates(model.transport.rank)
+    return float(
+        all(way == "batch" or place == 0 for way, place in zip(model.derived.placement.input, places, strict=True))
+    )
+
+
+def check_bytes(model: PlacedModule, batch: int) -> None:
+    """What went over the transport is what the placement said, layer by layer; statistics are said in float32."""
+    predicted = {row.name: row for row in model.derived.traffic(RANK, batch=batch, itemsize=8)}
+    norms = {op.op.name for op in model.derived.ops if op.sync_axes}
+    counted = {tag: bytes_ for tag, bytes_ in model.transport.counted.items() if tag[0] not in norms}
+    for (name, phase), found in counted.items():
+        row = predicted[name]
+        assert found == (getattr(row, f"{phase}_sent"), getattr(row, f"{phase}_received")), (name, phase, found, row)
+    total = sum(row.sent for name, row in predicted.items() if name not in norms)
+    assert sum(sent for sent, _ in counted.values()) == total
+
+
+def check_case(net: str, name: str) -> float:
+    """The largest difference between the placed and the plain run, relative to each tensor's largest element."""
+    model = apply(build(net), placement(name, net, SIZE), input_shape=input_shape(net), group=GROUP)
+    record, worst = placed(net, model), 0.0
+    wanted, state, logits = PLAIN[net]
+    for (loss, grads), (wanted_loss, wanted_grads) in zip(record, wanted, strict=True):
+        worst = max(worst, abs(loss - wanted_loss) / abs(wanted_loss))
+        assert grads.keys() == wanted_grads.keys()
+        worst = max(worst, *(relative(grads[key], wanted_grads[key]) for key in grads))
+    found = model.full_state_dict()
+    assert found.keys() == state.keys()
+    worst = max(worst, *(relative(found[key], state[key]) for key in state))
+    worst = max(worst, check_evaluation(net, model.eval(), logits))
+    same_on_all(found)
+    return worst
+
+
+def check_evaluation(net: str, model: PlacedModule, logits: Tensor) -> float:
+    images, _ = batch_of(net, STEPS)
+    out = model(model.local_images(images))
+    assert isinstance(out, Tensor)
+    return relative(out, model.local_labels(logits))
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    if found.numel() == 0:
+        return 0.0
+    return float((found - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-12)
+
+
+def same_on_all(state: dict[str, Tensor]) -> None:
+    """Copies of one tensor on several workers have the same bits."""
+    mine = torch.stack([tensor.double().sum() for tensor in state.values()])
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(mine, first)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("windlass")
+    RANK, SIZE = dist.get_rank(), dist.get_world_size()
+    GROUP = dist.new_group(backend="gloo") if sys.argv[1] == "gloo" else None
+    for net in sys.argv[2:]:
+        PLAIN = {net: plain(net)}
+        for name, (sizes, _) in PLACEMENTS.items():
+            if SIZE in sizes:
+                difference = check_case(net, name)
+                if RANK == 0:
+                    sys.stdout.write(f"{net} {name} {difference:.1e}\n")
+                    sys.stdout.flush()
+                assert difference < TOLERANCE, f"{net} {name}: {difference}"
+    dist.destroy_process_group()
+    leave()
