@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from windlass.networks import build_network
-from windlass.parallel.trace import trace
 from windlass.plan.mesh import Mesh
 from windlass.plan.placement import Op, Placement
 from windlass.plan.placements import BUILDERS, by_name
@@ -32,17 +31,23 @@ def narrow_resnet() -> nn.Module:
 
 @dataclass(frozen=True)
 class Net:
-    """A network of the table: how it is made, its images (channels, side), the batch, the rate of its steps."""
+    """A network of the table: how it is made, its images (channels, side), the batch, the rate of its steps, and which
+    placements it can have."""
 
     make: Callable[[], nn.Module]
     channels: int
     side: int
     batch: int
     rate: float
+    placements: tuple[str, ...] = ("data", "model", "hybrid", "tiles", "inwards", "tiers", "mixture")
 
 
 def _googlenet(side: int) -> nn.Module:
     return build_network("googlenet", num_classes=10, in_channels=3, image_size=side)
+
+
+def _coates() -> nn.Module:
+    return build_network("coates", num_classes=1, in_channels=3, image_size=24, layers=2, maps=4, field=5, norm=3)
 
 
 NETS: dict[str, Net] = {
@@ -50,16 +55,18 @@ NETS: dict[str, Net] = {
     "alexnet": Net(small_alexnet, 3, 67, 5, 0.05),
     "googlenet": Net(lambda: _googlenet(32), 3, 32, 5, 0.05),
     "resnet18": Net(narrow_resnet, 3, 12, 5, 0.05),
+    "alexnet_dropout": Net(small_alexnet, 3, 67, 5, 0.05),
+    "coates": Net(_coates, 3, 24, 5, 0.001, ("data", "tiles", "squares")),
     "googlenet_heads": Net(lambda: _googlenet(80), 3, 80, 4, 0.05),
 }
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The network without dropout, whose plain module draws other masks."""
+    """The network, without dropout unless its name says so: the plain module draws other masks than a placed one."""
     torch.manual_seed(7)
     network = NETS[name].make().to(dtype)
     for child in network.modules():
-        if isinstance(child, nn.Dropout):
+        if isinstance(child, nn.Dropout) and not name.endswith("dropout"):
             child.p = 0.0
     return network
 
@@ -93,6 +100,11 @@ def _inwards(ops: tuple[Op, ...]) -> Placement:
     return Placement(Mesh.parse("model:3"), ("whole",), layers)
 
 
+def _squares(ops: tuple[Op, ...]) -> Placement:
+    layers = {op.name: ("rows", "columns") for op in ops if op.kind == "locallyconnected2d"}
+    return Placement(Mesh.parse("down:2,across:2"), ("rows", "columns"), layers)
+
+
 def _named(name: str) -> Callable[[tuple[Op, ...], int], Placement]:
     return lambda ops, workers: BUILDERS[name](ops, workers)
 
@@ -102,9 +114,11 @@ PLACEMENTS: dict[str, tuple[tuple[int, ...], Callable[[tuple[Op, ...], int], Pla
     "inwards": ((3,), lambda ops, workers: _inwards(ops)),
     "tiers": ((4,), lambda ops, workers: _tiers(ops)),
     "mixture": ((4,), lambda ops, workers: _mixture(ops)),
+    "squares": ((4,), lambda ops, workers: _squares(ops)),
 }
 """Placements by name: on how many workers, and how they are made."""
 
 
-def placement(name: str, net: str, workers: int) -> Placement:
-    return PLACEMENTS[name][1](trace(build(net), input_shape(net)).ops, workers)
+def placements_of(net: str, workers: int) -> list[str]:
+    """The placements that a network has on so many workers."""
+    return [name for name in NETS[net].placements if workers in PLACEMENTS[name][0]]

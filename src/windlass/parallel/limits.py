@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,27 @@ def predict_all(
             )
         graphs.append(found[key])
     return graphs
+
+
+def training_bytes(graph: Graph, derived: Derived, rank: int, *, optimizer_copies: int) -> int:
+    """Predicted most bytes of tensors on one worker in training.
+
+    The step's peak, the worker's own flat gradients, the sums of those that are summed, and the optimizer's state.
+
+    Args:
+        graph: what `predict_all` says of the worker.
+        derived: of the placement.
+        rank: the worker.
+        optimizer_copies: tensors that the optimizer keeps for each parameter.
+    """
+    mesh = derived.placement.mesh
+    summed = [
+        4 * math.prod(parameter.local_shape(mesh, rank))
+        for placed in derived.ops
+        for parameter in placed.parameters
+        if parameter.sum_axes
+    ]
+    return graph.peak_bytes + (1 + optimizer_copies) * graph.memories()["∇W"] + sum(summed)
 
 
 def part_shapes(derived: Derived, rank: int) -> object:

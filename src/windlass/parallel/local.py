@@ -10,7 +10,7 @@ divided only the first worker adds the bias.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from windlass.errors import ConfigError
+from windlass.parallel.calls import Call, invoke
 from windlass.parallel.connect import attach
 from windlass.parallel.masks import PlacedDropout, Position
 from windlass.parallel.moves import part_of
 from windlass.parallel.normalise import PlacedBatchNorm
-from windlass.parallel.trace import Call, Slot, Weight
 from windlass.parallel.transport import Transport
 from windlass.plan.derive import Parameter, Placed
 from windlass.plan.layout import DIMS, WHOLE, Layout, Split
@@ -217,24 +217,6 @@ class Addend(nn.Module):
         if isinstance(layer, nn.Linear):
             return attach(functional.linear(x, self.weight), [self.bias])
         return attach(layer._conv_forward(x, self.weight, None), [self.bias])
-
-
-def invoke(target: Any, call: Call, inputs: Sequence[Tensor], weights: Callable[[str], Tensor]) -> Any:
-    """Calls `target` with the call's arguments, inputs and weights in their places."""
-    return target(
-        *_filled(call.args, inputs, weights),
-        **{key: _filled(value, inputs, weights) for key, value in call.kwargs.items()},
-    )
-
-
-def _filled(value: Any, inputs: Sequence[Tensor], weights: Callable[[str], Tensor]) -> Any:
-    if isinstance(value, Slot):
-        return inputs[value.index]
-    if isinstance(value, Weight):
-        return weights(value.name)
-    if isinstance(value, tuple | list):
-        return type(value)(_filled(item, inputs, weights) for item in value)
-    return value
 
 
 class Function(nn.Module):

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from windlass.errors import ConfigError
+from windlass.parallel.calls import Call, invoke
 from windlass.parallel.connect import nothing
 from windlass.parallel.fringe import Fringe, fetch, fringe
-from windlass.parallel.local import Builder, buffer_layout, invoke, layout_of
+from windlass.parallel.local import Builder, buffer_layout, layout_of
 from windlass.parallel.masks import Position
 from windlass.parallel.moves import Edge, move, part_of, run_steps
-from windlass.parallel.trace import Call, Traced
+from windlass.parallel.trace import Traced
 from windlass.parallel.transport import Transport, reduce
+from windlass.parallel.whole import ancestors, put_in_order, refuse_names, without_tensors
 from windlass.plan.derive import Derived, Parameter, Placed
 from windlass.plan.graph import INPUT
 from windlass.plan.layout import DIMS, WHOLE, Layout, Split, local_shape, route
@@ -74,7 +76,7 @@ class PlacedModule(nn.Module):
         self._mesh, self._rank = transport.mesh, transport.rank
         self._tensor_layouts: dict[str, tuple[tuple[int, ...], Layout]] = {}
         self._owners: dict[str, str] = {}
-        _refuse_names(module, self)
+        refuse_names(module, self)
         builder = Builder(transport, self._position)
         shapes = {op.name: op.output_shape for op in traced.ops}
         self._shapes = {INPUT: traced.input_shape, **shapes}
@@ -83,10 +85,11 @@ class PlacedModule(nn.Module):
             end.name: Edge(end.tag, derived.layout_of(end.name), end.moves, end.need, end.back_moves)
             for end in derived.outputs
         }
-        self._served = _ancestors(traced, traced.outputs[:1])
+        put_in_order(self, module)
+        self._served = ancestors(traced, traced.outputs[:1])
         for name in ("own_loss", "auxiliary_weight"):
             if hasattr(module, name):
-                object.__setattr__(self, name, _without_tensors(module, name))
+                object.__setattr__(self, name, without_tensors(module, name))
         self.train(module.training)
 
     # --- building ---
@@ -160,6 +163,11 @@ class PlacedModule(nn.Module):
             samples: their numbers within the step; None: from 0.
         """
         self._position.seed, self._position.batch, self._position.samples = seed, batch, samples
+
+    @property
+    def batch(self) -> int:
+        """Samples of the forward pass, all workers' together."""
+        return self._position.batch
 
     def forward(self, images: Tensor) -> Any:
         """This worker's part of the images to its part of the outputs.
@@ -333,6 +341,18 @@ class PlacedModule(nn.Module):
         named = [(name, parameter.grad) for name, parameter in self.named_parameters()]
         return {name: self._whole(name, grad) for name, grad in named if grad is not None}
 
+    def owner(self, name: str) -> str:
+        """The op whose parameter this is."""
+        return self._owners[name]
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A whole tensor, on every worker, from parts that lie as this parameter or buffer; all of them must ask."""
+        return self._whole(name, tensor)
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This worker's part of a tensor that lies as this parameter or buffer."""
+        return part_of(whole, self._lies(name, whole)[1], self._mesh, self._rank)
+
     def _lies(self, name: str, tensor: Tensor) -> tuple[tuple[int, ...], Layout]:
         return self._tensor_layouts.get(name, (tuple(tensor.shape), (WHOLE,) * len(self._mesh.axes)))
 
@@ -351,29 +371,3 @@ def _drop(values: dict[Any, Tensor], readers: Counter[Any]) -> None:
     """Let go of what nobody reads any more."""
     for name in [name for name in values if readers[name] <= 0]:
         del values[name]
-
-
-def _ancestors(traced: Traced, names: Sequence[str]) -> set[str]:
-    found = set(names)
-    for op in reversed(traced.ops):
-        if op.name in found:
-            found.update(op.inputs)
-    return found
-
-
-def _refuse_names(module: nn.Module, placed: PlacedModule) -> None:
-    for name in (*dict(module.named_children()), *module._parameters, *module._buffers):
-        if hasattr(placed, name):
-            raise ConfigError(f"a part of the network is called {name!r}, which a divided network uses itself")
-
-
-def _without_tensors(module: nn.Module, name: str) -> Any:
-    """An attribute of the network that does not hold its parameters: methods get a network without any."""
-    value = getattr(module, name)
-    if getattr(value, "__self__", None) is not module:
-        return value
-    empty = module.__class__.__new__(module.__class__)
-    empty.__dict__.update(module.__dict__)
-    for table in ("_parameters", "_buffers", "_modules"):
-        empty.__dict__[table] = {}
-    return getattr(empty, name)

@@ -13,58 +13,34 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 
 from windlass.errors import ConfigError
-from windlass.layers.module import Conv2d
-from windlass.networks.recorder import attributes_of, is_leaf, kind_of, module_kind
+from windlass.networks.recorder import is_leaf, kind_of
+from windlass.parallel.calls import (
+    FUNCTION_MODULES,
+    Call,
+    Shape,
+    Slot,
+    Weight,
+    as_module,
+    method_of,
+    module_attributes,
+    placement_kind,
+    reshape_to,
+    weights_in,
+)
 from windlass.plan.graph import INPUT
 from windlass.plan.placement import Op
-from windlass.plan.shapes import same_padding
 
-ADVICE = "--parallel data by whole copies needs no division"
-
-Shape: TypeAlias = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The place of an op's input among the arguments of its call."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """The place of a parameter or buffer, by its full name."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """How an op is computed.
-
-    Attributes:
-        target: a leaf module, or a function.
-        args, kwargs: its arguments; `Slot`s stand for inputs and `Weight`s for parameters.
-        path: the module's path in the network; "" of a function.
-        in_place: whether it writes on its first input.
-    """
-
-    target: nn.Module | Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    path: str = ""
-    in_place: bool = False
+ADVICE = "--parallel data takes it as it is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,29 +176,6 @@ def _compute(node: fx.Node, module: nn.Module, values: Mapping[fx.Node, Any], fa
 
 # --- the ops ------------------------------------------------------------------------------------------------
 
-FUNCTION_MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "max_pool2d": (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
-    "avg_pool2d": (
-        nn.AvgPool2d,
-        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d, ("output_size",)),
-    "local_response_norm": (nn.LocalResponseNorm, ("size", "alpha", "beta", "k")),
-    "dropout": (nn.Dropout, ("p", "training", "inplace")),
-}
-"""Functions that are computed as modules, and the names of their arguments after the first."""
-
-MORE_ATTRIBUTES = (
-    *("ceil_mode", "count_include_pad", "padding_mode", "output_size", "divisor_override"),
-    *("maps", "start", "stop", "reconstruct"),
-)
-PAIRS = ("kernel_size", "stride", "padding", "dilation")
-OWN_ATTRIBUTES: dict[str, dict[str, tuple[int, int]]] = {
-    "subsampling": {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0)},
-    "partialconv2d": {"stride": (1, 1), "padding": (0, 0)},
-}
-"""What LeNet-5's own layers do not say of themselves."""
-
 IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 RESHAPES = ("view", "reshape", "flatten")
 
@@ -265,7 +218,7 @@ class _Reader:
         """Whether a tensor of the batch comes out; sizes and their arithmetic are constants, and so are weights'."""
         value = self.values[node]
         if not isinstance(value, Tensor):
-            if any(isinstance(item, Tensor) for item in value if isinstance(value, tuple | list)) and node.users:
+            if isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value):
                 raise self._error(node, "returns several tensors")
             return False
         if not any(source in self.names for source in node.all_input_nodes):
@@ -308,7 +261,7 @@ class _Reader:
         sources = [source for source in node.all_input_nodes if source in self.names]
         inputs = list(dict.fromkeys(self._latest(source) for source in sources))
         call = self._call(node, inputs)
-        weights = sorted({weight.name for weight in _weights_in((call.args, call.kwargs))})
+        weights = sorted({weight.name for weight in weights_in((call.args, call.kwargs))})
         name = self._name(node, call)
         parameters = self._parameters(call, weights)
         self.names[node] = name
@@ -339,7 +292,7 @@ class _Reader:
         if _reshape(node):
             return "flatten" if value.dim() == 2 else "view"
         if isinstance(call.target, nn.Module):
-            return _module_kind(call.target)
+            return placement_kind(call.target)
         kind = kind_of(_spelled(node))
         return f"functional_{kind}" if weights else kind
 
@@ -360,7 +313,7 @@ class _Reader:
     def _call(self, node: fx.Node, inputs: list[fx.Node]) -> Call:
         if _reshape(node):
             rest = tuple(self.values[node].shape[1:])
-            return Call(_reshape_to(rest), (Slot(0),), {})
+            return Call(reshape_to(rest), (Slot(0),), {})
         args = tuple(self._template(arg, node, inputs) for arg in node.args)
         kwargs = {key: self._template(arg, node, inputs) for key, arg in node.kwargs.items()}
         if node.op == "call_module":
@@ -368,10 +321,10 @@ class _Reader:
             return Call(leaf, args, kwargs, path=str(node.target), in_place=bool(getattr(leaf, "inplace", False)))
         spelled = _spelled(node)
         if spelled in FUNCTION_MODULES and node.op == "call_function":
-            return _as_module(spelled, args, kwargs, self.module.training)
+            return as_module(spelled, args, kwargs, self.module.training)
         function: Any = node.target
         if node.op == "call_method":
-            function = _method(str(node.target))
+            function = method_of(str(node.target))
         in_place = function in IN_PLACE_OPERATORS or (spelled.endswith("_") and not spelled.endswith("__"))
         return Call(function, args, kwargs, in_place=in_place or bool(kwargs.get("inplace", False)))
 
@@ -393,16 +346,6 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _weights_in(value: Any) -> Iterator[Weight]:
-    if isinstance(value, Weight):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _weights_in(item)
-    elif isinstance(value, dict):
-        yield from _weights_in(tuple(value.values()))
-
-
 def _spelled(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
 
@@ -411,60 +354,9 @@ def _reshape(node: fx.Node) -> bool:
     return node.op != "call_module" and _spelled(node) in RESHAPES
 
 
-def _reshape_to(rest: Shape) -> Callable[[Tensor], Tensor]:
-    def reshape(tensor: Tensor) -> Tensor:
-        return tensor.flatten(1) if len(rest) == 1 else tensor.reshape(tensor.shape[0], *rest)
-
-    return reshape
-
-
-def _method(name: str) -> Callable[..., Any]:
-    def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(tensor, name)(*args, **kwargs)
-
-    return method
-
-
-def _as_module(spelled: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Call:
-    make, names = FUNCTION_MODULES[spelled]
-    given = dict(zip(names, args[1:], strict=False)) | {key: value for key, value in kwargs.items() if key != "input"}
-    given.pop("training", None)
-    module = make(**given).train(training)
-    return Call(module, (Slot(0),), {}, in_place=bool(given.get("inplace", False)))
-
-
-def _module_kind(module: nn.Module) -> str:
-    if parametrize.is_parametrized(module):
-        return "parametrized"  # its weights are made of others, which lie whole
-    kind = "conv2d" if type(module) is Conv2d else module_kind(module)
-    return str(getattr(module, "placement_kind", kind)).lower()
-
-
 def _attributes(node: fx.Node, call: Call) -> tuple[tuple[str, object], ...]:
-    if not isinstance(call.target, nn.Module):
-        found: dict[str, object] = {}
-        if kind_of(_spelled(node)) == "cat":
-            found["dim"] = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)
-        return tuple(found.items())
-    module = call.target
-    found = dict(attributes_of(module))
-    for name in (*PAIRS, "groups", *MORE_ATTRIBUTES):
-        value = getattr(module, name, None)
-        if isinstance(value, int | str | bool | tuple):
-            found[name] = value
-    for name in PAIRS:
-        if isinstance(found.get(name), int):
-            found[name] = (found[name], found[name])
-    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
-        top, _, left, _ = same_padding(
-            module.padding, kernel=_pair(module.kernel_size), dilation=_pair(module.dilation)
-        )
-        found["padding"] = (top, left)
-    found |= OWN_ATTRIBUTES.get(_module_kind(module), {})
-    if _module_kind(module) == "partialconv2d":
-        found["kernel_size"] = tuple(_attribute(module, "weight").shape[-2:])
-    return tuple(found.items())
-
-
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    return value[0], value[1]
+    if isinstance(call.target, nn.Module):
+        return module_attributes(call.target)
+    if kind_of(_spelled(node)) == "cat":
+        return (("dim", call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)),)
+    return ()

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from placement_cases import NETS, PLACEMENTS, build, input_shape, placement
+from placement_cases import NETS, PLACEMENTS, build, input_shape, placements_of
 
-from windlass.parallel import PlacedModule, apply
+from windlass.parallel import NullTransport, PlacedModule, apply, trace
+from windlass.parallel.moves import part_of
+from windlass.plan.mesh import Mesh
 
 dist: Any = torch.distributed
 STEPS = 3
@@ -33,8 +35,10 @@ def batch_of(net: str, step: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 10, (len(images),), generator=generator)
 
 
-def summed_loss(outputs: Any, labels: Tensor) -> Tensor:
+def summed_loss(network: Any, outputs: Any, labels: Tensor, images: Tensor) -> Any:
     """Auxiliary outputs count 0.3."""
+    if hasattr(network, "own_loss"):
+        return network.own_loss(outputs, images)
     several = outputs if isinstance(outputs, tuple) else (outputs,)
     losses = [functional.cross_entropy(output, labels, reduction="sum") for output in several]
     return losses[0] + 0.3 * sum(losses[1:], torch.zeros((), dtype=torch.float64))
@@ -49,28 +53,36 @@ def descend(network: nn.Module, rate: float) -> None:
 
 
 def plain(net: str) -> tuple[Record, dict[str, Tensor], Tensor]:
-    """The run of the network as it is: records, state, logits in evaluation."""
-    network, record = build(net).train(), []
+    """The run of the network as it is: records, state, logits in evaluation.  With dropout: placed on one worker."""
+    network: Any = build(net).train()
+    alone = net.endswith("dropout")
+    if alone:
+        network = apply(network, "data", input_shape=input_shape(net), transport=NullTransport(Mesh((("one", 1),)), 0))
+    record = []
     for step in range(STEPS):
         images, labels = batch_of(net, step)
-        loss: Any = summed_loss(network(images), labels) / len(images)
+        if alone:
+            network.begin_step(step, len(images))
+        loss: Any = summed_loss(network, network(images), labels, images) / len(images)
         loss.backward()
         record.append(
             (loss.item(), {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
         )
         descend(network, NETS[net].rate)
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    return record, state, network.eval()(batch_of(net, STEPS)[0])
+    out = network.eval()(batch_of(net, STEPS)[0])
+    return record, state, out[0] if isinstance(out, tuple) else out
 
 
 def placed(net: str, model: PlacedModule) -> Record:
     model.train()
-    record = []
+    record: Record = []
     ours = counts_here(model)
     for step in range(STEPS):
         images, labels = batch_of(net, step)
         model.begin_step(step, len(images))
-        loss: Any = summed_loss(model(model.local_images(images)), model.local_labels(labels)) / len(images)
+        own = model.local_images(images)
+        loss = summed_loss(model, model(own), model.local_labels(labels), own) / len(images)
         loss.backward()
         model.sum_gradients()
         if step == 0:
@@ -83,31 +95,38 @@ def placed(net: str, model: PlacedModule) -> Record:
 
 
 def counts_here(model: PlacedModule) -> float:
-    """Workers with the same samples compute the same loss: the first of them counts."""
-    mesh = model.transport.mesh
-    places = mesh.coordinates(model.transport.rank)
-    return float(
-        all(way == "batch" or place == 0 for way, place in zip(model.derived.placement.input, places, strict=True))
-    )
+    """Workers with the same outputs compute the same loss: the first of them counts."""
+    places = model.transport.mesh.coordinates(model.transport.rank)
+    need = model.derived.outputs[0].need
+    return float(all(part != "whole" or place == 0 for part, place in zip(need, places, strict=True)))
 
 
 def check_bytes(model: PlacedModule, batch: int) -> None:
-    """What went over the transport is what the placement said, layer by layer; statistics are said in float32."""
+    """What went over the transport is what the placement said, layer by layer."""
     predicted = {row.name: row for row in model.derived.traffic(RANK, batch=batch, itemsize=8)}
-    norms = {op.op.name for op in model.derived.ops if op.sync_axes}
-    counted = {tag: bytes_ for tag, bytes_ in model.transport.counted.items() if tag[0] not in norms}
-    for (name, phase), found in counted.items():
+    for (name, phase), found in model.transport.counted.items():
         row = predicted[name]
         assert found == (getattr(row, f"{phase}_sent"), getattr(row, f"{phase}_received")), (name, phase, found, row)
-    total = sum(row.sent for name, row in predicted.items() if name not in norms)
-    assert sum(sent for sent, _ in counted.values()) == total
+    assert sum(sent for sent, _ in model.transport.counted.values()) == sum(row.sent for row in predicted.values())
 
 
 def check_case(net: str, name: str) -> float:
     """The largest difference between the placed and the plain run, relative to each tensor's largest element."""
-    model = apply(build(net), placement(name, net, SIZE), input_shape=input_shape(net), group=GROUP)
+    made = PLACEMENTS[name][1](TRACED.ops, SIZE)
+    model = apply(NETWORK, made, input_shape=input_shape(net), group=GROUP)
     record, worst = placed(net, model), 0.0
-    wanted, state, logits = PLAIN[net]
+    if RANK == 0:
+        worst = compare(net, model, record)
+    else:
+        model.full_state_dict()
+        check_evaluation(net, model.eval(), None)
+    same_on_all(model.full_state_dict())
+    return worst
+
+
+def compare(net: str, model: PlacedModule, record: Record) -> float:
+    worst = 0.0
+    wanted, state, logits = PLAIN
     for (loss, grads), (wanted_loss, wanted_grads) in zip(record, wanted, strict=True):
         worst = max(worst, abs(loss - wanted_loss) / abs(wanted_loss))
         assert grads.keys() == wanted_grads.keys()
@@ -115,16 +134,18 @@ def check_case(net: str, name: str) -> float:
     found = model.full_state_dict()
     assert found.keys() == state.keys()
     worst = max(worst, *(relative(found[key], state[key]) for key in state))
-    worst = max(worst, check_evaluation(net, model.eval(), logits))
-    same_on_all(found)
-    return worst
+    return max(worst, check_evaluation(net, model.eval(), logits))
 
 
-def check_evaluation(net: str, model: PlacedModule, logits: Tensor) -> float:
+def check_evaluation(net: str, model: PlacedModule, logits: Tensor | None) -> float:
+    """The first output alone, or all of a network with an objective of its own."""
     images, _ = batch_of(net, STEPS)
     out = model(model.local_images(images))
-    assert isinstance(out, Tensor)
-    return relative(out, model.local_labels(logits))
+    assert isinstance(out, tuple) == hasattr(model, "own_loss")
+    main = out[0] if isinstance(out, tuple) else out
+    if logits is None:
+        return 0.0
+    return relative(main, part_of(logits, model.derived.outputs[0].need, model.transport.mesh, RANK))
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -146,13 +167,15 @@ if __name__ == "__main__":
     RANK, SIZE = dist.get_rank(), dist.get_world_size()
     GROUP = dist.new_group(backend="gloo") if sys.argv[1] == "gloo" else None
     for net in sys.argv[2:]:
-        PLAIN = {net: plain(net)}
-        for name, (sizes, _) in PLACEMENTS.items():
-            if SIZE in sizes:
-                difference = check_case(net, name)
-                if RANK == 0:
-                    sys.stdout.write(f"{net} {name} {difference:.1e}\n")
-                    sys.stdout.flush()
-                assert difference < TOLERANCE, f"{net} {name}: {difference}"
+        NETWORK = build(net).train()
+        TRACED = trace(NETWORK, input_shape(net))
+        if RANK == 0:
+            PLAIN = plain(net)
+        for name in placements_of(net, SIZE):
+            difference = check_case(net, name)
+            if RANK == 0:
+                sys.stdout.write(f"{net} {name} {difference:.1e}\n")
+                sys.stdout.flush()
+            assert difference < TOLERANCE, f"{net} {name}: {difference}"
     dist.destroy_process_group()
     leave()
