@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -202,15 +203,17 @@ class _Rivals:
             return lambda: self._collectives.allreduce(send, receive, pick=pick)
 
         rivals: dict[str, Callable[[], object]] = {name: action(name) for name in (CHOSEN, *self._algorithms)}
-        again = tensor.clone()
-        rivals[BACKEND] = lambda: (dist.all_reduce(again, group=self._windlass), _bounded(again))
-        rivals[GLOO] = lambda: (dist.all_reduce(tensor), _bounded(tensor))
+        for name, one, group in ((BACKEND, tensor.clone(), self._windlass), (GLOO, tensor, None)):
+            rivals[name] = functools.partial(_sum_by_torch, one, group)
         rivals[COPY] = lambda: np.copyto(receive, send)
         return time_turns(self._comm, rivals, turns=turns)
 
 
-def _bounded(tensor: Any) -> None:
-    """Begins again before sums of sums overflow."""
+def _sum_by_torch(tensor: Any, group: Any) -> None:
+    """``all_reduce`` in place; begins again before sums of sums overflow."""
+    import torch.distributed as dist
+
+    dist.all_reduce(tensor, group=group)
     if tensor[0] > 1e30:
         tensor.fill_(1.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -72,7 +73,7 @@ def reference(scheme: str, *, batch: int, workers: int, rounds: int, updates: in
             share = sum(len(part) for part in group)
             for part in group:
                 loss = functional.cross_entropy(net.classifier(own[part]), labels[part], reduction="sum")
-                (loss / share).backward()
+                (loss / share).backward()  # type: ignore[no-untyped-call]
                 total += loss.item() / len(labels)
             assert own.grad is not None
             gradient += own.grad * (share / len(labels))
@@ -88,7 +89,7 @@ def reference(scheme: str, *, batch: int, workers: int, rounds: int, updates: in
 def descend(module: nn.Module, rate: float) -> None:
     for parameter in module.parameters():
         assert parameter.grad is not None
-        parameter -= rate * parameter.grad
+        parameter.sub_(rate * parameter.grad)
         parameter.grad = None
 
 
@@ -112,18 +113,18 @@ def placed_run(
     named = dict(placed.named_parameters())
     head = {name: parameter for name, parameter in named.items() if name.startswith("classifier.")}
 
-    def update(names: dict[str, Tensor], rate: float) -> None:
+    def update(names: Mapping[str, Tensor], rate: float) -> None:
         placed.sum_gradients(names)
         with torch.no_grad():
             for parameter in names.values():
                 if parameter.grad is not None:
-                    parameter -= rate * parameter.grad
+                    parameter.sub_(rate * parameter.grad)
                 parameter.grad = None
 
     rounds = Rounds(placed, handover, sum_loss, on_update=lambda: update(head, HEAD_RATE))
     losses, right = [], 0.0
     for images, labels in batches(batch):
-        placed.transport.reset()
+        placed.transport.counters.clear()
         mine = placed.local_images(images)
         own_labels = placed.local_labels(labels)
         loss, correct = rounds.step(mine, own_labels, seed=0, batch=len(labels))
