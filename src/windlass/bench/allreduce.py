@@ -186,7 +186,6 @@ class _Rivals:
     def measure(self, num_bytes: int, *, turns: int) -> dict[str, list[float]]:
         import numpy as np
         import torch
-        import torch.distributed as dist
 
         from windlass.tuning.collective_measure import time_turns
 
