@@ -207,7 +207,7 @@ def make_step(spec: StepSpec, *, accelerated: bool) -> Callable[[], float]:
     def step() -> float:
         torch.manual_seed(1)  # the same dropout for all
         optimizer.zero_grad(set_to_none=True)
-        loss = objective(model, model(images), labels) / spec.batch
+        loss = objective(model, model(images), labels, images=images) / spec.batch
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss.item()

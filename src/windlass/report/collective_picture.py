@@ -8,21 +8,19 @@ takes the shorter way round, out at one edge of the picture and in at the other.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass.check.collective import starts
 from windlass.errors import ConfigError
 from windlass.plan.collective import SCHEDULES, Op, Receive, Schedule
+from windlass.report.sheet import check_sheet, save_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SUFFIXES = (".png", ".svg", ".pdf")
 MOST_RANKS, MOST_ROWS = 32, 150
 """More could not be read."""
 
@@ -65,10 +63,7 @@ def check_picture(schedule: Schedule, path: Path) -> None:
     Raises:
         ConfigError: an unknown kind of file, no such folder, or too many ranks or steps.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"--plot {path}: needs a name that ends in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no folder {path.parent}")
+    check_sheet(path)
     if schedule.size > MOST_RANKS:
         raise ConfigError(f"--plot {path}: a picture shows {MOST_RANKS} ranks at most, got {schedule.size}")
     num_rows = _num_rows(arrows(schedule))
@@ -80,38 +75,8 @@ def draw_schedule(schedule: Schedule, path: Path) -> None:
     """Writes the picture; the suffix of `path` (.png, .svg, .pdf) says in which format."""
     check_picture(schedule, path)
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     sheet = _Sheet(schedule, arrows(schedule))
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "windlass",
-        "pdf.fonttype": 42,
-        "font.sans-serif": ["DejaVu Sans"],
-    }
-    with matplotlib.rc_context(style):
-        figure = pyplot.figure(figsize=(sheet.width, sheet.height))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(0, sheet.width), ylim=(sheet.height, 0))
-        axes.axis("off")
-        try:
-            sheet.draw(axes)
-            if path.suffix.lower() == ".svg":
-                path.write_text(_svg(figure), encoding="utf-8")
-            else:
-                figure.savefig(path, format=path.suffix.lower()[1:], dpi=150)
-        finally:
-            pyplot.close(figure)
-
-
-def _svg(figure: Any) -> str:
-    """The picture as text, with hundredths of a point."""
-    text = StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue())
+    save_sheet(path, sheet.width, sheet.height, sheet.draw)
 
 
 def arrows(schedule: Schedule) -> list[Arrow]:

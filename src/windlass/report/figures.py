@@ -105,6 +105,11 @@ def best_epoch(run: Run) -> Row | None:
     return max(rows, key=lambda row: float(row["test_accuracy"])) if rows else None
 
 
+def without_accuracy(run: Run) -> bool:
+    """Whether the run was tested and has no accuracy: its network learns without labels."""
+    return best_epoch(run) is None and any(finite(row.get("test_loss")) is not None for row in run.epochs)
+
+
 def epochs_done(row: Row) -> str:
     """The epoch of a row as a count of finished epochs."""
     epoch = finite(row.get("epoch"))
@@ -290,3 +295,8 @@ FIGURES = (
     ),
 )
 """In the order of the page."""
+
+
+def figures_of(run: Run) -> tuple[Figure, ...]:
+    """Those that mean something for this run."""
+    return tuple(figure for figure in FIGURES if figure.value is not _best_accuracy or not without_accuracy(run))

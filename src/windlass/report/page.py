@@ -20,6 +20,7 @@ from windlass.report.figures import (
     best_epoch,
     best_of,
     differences,
+    figures_of,
     images_per_s,
     look_up,
     phase_seconds,
@@ -129,7 +130,7 @@ def _leaf(run: Run, key: str) -> Leaf:
         tone=TONES.get(run.status, "bad"),
         message=str(run.end.get("message") or "") if run.end else "",
         problems=run.problems,
-        tiles=tuple((figure.label, figure.text(figure.value(run)), figure.note(run)) for figure in FIGURES),
+        tiles=tuple((figure.label, figure.text(figure.value(run)), figure.note(run)) for figure in figures_of(run)),
         sections=tuple(sections(run)),
     )
 

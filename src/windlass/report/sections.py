@@ -25,6 +25,7 @@ from windlass.report.figures import (
     phase_seconds,
     text_of,
     total,
+    without_accuracy,
 )
 from windlass.report.run import Row, Run, finite
 
@@ -370,7 +371,8 @@ EPOCH_COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 def _checkpoints(run: Run) -> Table | None:
     """Checkpoints and resumptions in the order of their steps."""
-    accuracy = dict(zip(*epoch_points(run, "test_accuracy"), strict=True))
+    name, text = ("test_loss", units.fixed) if without_accuracy(run) else ("test_accuracy", units.percent)
+    tested = dict(zip(*epoch_points(run, name), strict=True))
     kept_best = max((i for i, row in enumerate(run.checkpoints) if row.get("best") is True), default=-1)
     events: list[tuple[float, tuple[Cell, ...]]] = []
     for i, row in enumerate(run.checkpoints):
@@ -378,7 +380,7 @@ def _checkpoints(run: Run) -> Table | None:
         cells = (
             Cell(text=str(row.get("name", units.NOTHING))),
             Cell(text=units.NOTHING if step is None else f"{step:,.0f}"),
-            Cell(text=units.percent(accuracy.get(step) if step is not None else None), best=i == kept_best),
+            Cell(text=text(tested.get(step) if step is not None else None), best=i == kept_best),
             Cell(text="best" if i == kept_best else ""),
         )
         events.append((step or 0.0, cells))
@@ -396,7 +398,7 @@ def _checkpoints(run: Run) -> Table | None:
     columns = (
         Column(title="checkpoint"),
         Column(title="step", is_number=True),
-        Column(title="test accuracy", is_number=True),
+        Column(title=name.replace("_", " "), is_number=True),
         Column(title="note"),
     )
     rows = tuple(cells for _, cells in sorted(events, key=lambda event: event[0]))
