@@ -14,7 +14,6 @@ from windlass.config import (
     TrainConfig,
     assignment,
     better_when_lower,
-    build_config,
     config_file,
     config_from_layers,
     read_yaml,
@@ -23,6 +22,7 @@ from windlass.config import (
 from windlass.errors import ConfigError, DataError
 from windlass.optim.rules import UPDATE_RULES
 from windlass.runs.files import to_yaml
+from windlass.typed import build_config
 
 
 @pytest.fixture
@@ -322,7 +322,8 @@ def test_to_mapping_goes_through_yaml_and_back() -> None:
     again = yaml.safe_load(to_yaml(mapping))
     assert again == mapping
     assert config_from_layers([again]).to_mapping() == mapping
-    assert mapping["update"] == {"name": "adamw", **UPDATE_RULES["adamw"].defaults, "lr": 3e-5}
+    numbers = {**UPDATE_RULES["adamw"].defaults, "lr": 3e-5}
+    assert mapping["update"] == {"name": "adamw", **numbers, "scaling": "none", "base_batch": 128}
 
 
 @pytest.mark.parametrize("name", UPDATE_RULES)

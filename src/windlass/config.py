@@ -7,12 +7,10 @@ before, from the defaults, the network's recipe, a configuration file, the comma
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any
 
 import yaml
 
@@ -21,9 +19,13 @@ from windlass.data.augment import parse_augment
 from windlass.errors import ConfigError, DataError, unknown
 from windlass.networks import check_network_name
 from windlass.optim.rules import Schedule, UpdateRule
+from windlass.plan.levers import LEVERS, PARALLEL
+from windlass.plan.mesh import Mesh
+from windlass.plan.pick import AUTO
+from windlass.plan.sizes import parse_bytes
 from windlass.tuning.results import Settings
+from windlass.typed import build_config
 
-T = TypeVar("T")
 Scalar = str | int | float | bool
 
 
@@ -126,6 +128,9 @@ class ElasticConfig:
             raise ConfigError("elastic.spares: spare ranks wait for a death that ends a run: add --elastic")
 
 
+LEVERS_SET = ("parallel", "mesh", "accumulate", "recompute")
+"""Levers of the plan that a configuration sets; a plan file says the same or nothing else is said."""
+
 DEFAULT_TUNE = "auto"
 """How convolutions are chosen where nobody says otherwise, a key of `tuning.results.TUNES`."""
 
@@ -145,6 +150,16 @@ class TrainConfig:
         workers: ranks that share the work.
         epochs: passes over the training data.
         batch: global batch: samples of one step over all workers.
+        head_batch: samples after which the model-parallel head is updated, where `parallel` is hybrid:b, hybrid:c
+            or a file with such a handover; 0: the same as `batch`.
+        parallel: what the workers divide: data, model, hybrid, hybrid:a, hybrid:b, hybrid:c, tiles, or the file of
+            a placement.
+        mesh: the workers in rows, as in ``node:2,device:2``; auto: as the placement says.
+        accumulate: micro-batches of a step, whose gradients add up.
+        memory_limit: most memory of a worker's tensors, as in ``500MiB``; a run that is predicted to need more is
+            refused; empty: what the host has.
+        recompute: ``blocks``: the network's blocks keep their inputs only and are computed again in the backward
+            pass; or ``none``.
         seed: of everything random.
         out: the run folder; empty: the next free ``runs/NETWORK-DATA-NNN``.
         plan: a plan file; empty: Windlass chooses.
@@ -164,6 +179,12 @@ class TrainConfig:
     workers: int = 1
     epochs: int = 20
     batch: int = 64
+    head_batch: int = 0
+    parallel: str = str(LEVERS["parallel"].default)
+    mesh: str = str(LEVERS["mesh"].default)
+    accumulate: int = 1
+    recompute: str = str(LEVERS["recompute"].default)
+    memory_limit: str = ""
     seed: int = 0
     out: str = ""
     plan: str = ""
@@ -189,14 +210,56 @@ class TrainConfig:
         self.convolution_settings()
         if not self.stall_s > 0:
             raise ConfigError(f"stall_s: needs a number above 0, got {self.stall_s}")
-        if self.batch < self.workers:
-            raise ConfigError(
-                f"batch: {self.workers} workers need a batch of at least {self.workers}, got {self.batch}"
-            )
+        self._check_levers()
+        if self.memory_limit:
+            _check_size("memory_limit", self.memory_limit)
+        self._check_division()
         if self.schedule.warmup_epochs > self.epochs:
             raise ConfigError(
                 f"schedule.warmup_epochs: {self.schedule.warmup_epochs} is longer than the run of {self.epochs} epochs"
             )
+
+    def _check_levers(self) -> None:
+        for name in LEVERS_SET:
+            refusal = LEVERS[name].refusal(getattr(self, name))
+            if refusal:
+                raise ConfigError(f"{name}: {refusal}")
+        if self.parallel == "data":
+            return
+        for name, plain in (("accumulate", 1), ("recompute", "none")):
+            if getattr(self, name) != plain:
+                raise ConfigError(f"{name}: is there for parallel data, not for parallel {self.parallel}")
+        if self.elastic.enabled:
+            raise ConfigError(
+                f"elastic: the workers of parallel {self.parallel} hold parts that die with them; only those of "
+                f"parallel data can go on without one"
+            )
+
+    def _check_division(self) -> None:
+        """The batch and its parts against workers and micro-batches."""
+        if self.parallel == "data" and self.batch < self.workers:
+            raise ConfigError(
+                f"batch: {self.workers} workers need a batch of at least {self.workers}, got {self.batch}"
+            )
+        if self.accumulate > 1 and self.accumulate * self.workers > self.batch:
+            raise ConfigError(
+                f"accumulate: a batch of {self.batch} on {self.workers} worker(s) has no {self.accumulate} "
+                f"micro-batches a worker"
+            )
+        if self.mesh != AUTO and Mesh.parse(self.mesh).size != self.workers:
+            raise ConfigError(f"mesh: {self.mesh} has {Mesh.parse(self.mesh).size} workers, the run {self.workers}")
+        _at_least("head_batch", self.head_batch, 0)
+        if not self.head_batch or self.head_batch == self.batch:
+            return
+        if self.parallel in PARALLEL and self.parallel not in ("hybrid:b", "hybrid:c"):
+            raise ConfigError(
+                f"head_batch: parallel {self.parallel} updates all weights at once; hybrid:b and hybrid:c update "
+                f"the head by itself"
+            )
+        if self.workers == 1:
+            raise ConfigError("head_batch: one worker hands nothing over in rounds; more --workers do")
+        if self.head_batch > self.batch or self.batch % self.head_batch:
+            raise ConfigError(f"head_batch: {self.head_batch} does not divide the batch of {self.batch}")
 
     @property
     def num_ranks(self) -> int:
@@ -210,7 +273,8 @@ class TrainConfig:
     def to_mapping(self) -> dict[str, Any]:
         """The configuration as plain mappings and lists; what the update rule leaves open is filled in."""
         mapping = _plain(dataclasses.asdict(self))
-        mapping["update"] = {"name": self.update.name, **self.update.hyper_parameters()}
+        scaling = {"scaling": self.update.scaling, "base_batch": self.update.base_batch}
+        mapping["update"] = {"name": self.update.name, **self.update.hyper_parameters(), **scaling}
         assert isinstance(mapping, dict)
         return mapping
 
@@ -225,6 +289,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("vgg11", "vgg16", "vgg19"), _recipe(0.01, 5e-4)),  # Simonyan and Zisserman 2015
     "googlenet": _recipe(0.01, 2e-4),
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), _recipe(0.05, 1e-4)),
+    "coates": {
+        "update": {"name": "adam", "lr": 5e-3},
+        "data": {"source": "patches"},
+        "checkpoint": {"monitor": "test_loss"},  # nothing is right or wrong without labels
+    },
 }
 """What a network trains well with where nobody says otherwise, as configuration mappings by network name."""
 
@@ -252,18 +321,6 @@ def config_from_layers(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
         merged = _merge(merged, layer)
     recipe = RECIPES.get(str(merged.get("network", TrainConfig.network)), {})
     return build_config(TrainConfig, _merge(recipe, merged), "")
-
-
-def build_config(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
-    """Makes the dataclass `cls` from a mapping, strictly: every key known, every value of its type."""
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    arguments = {}
-    for key, value in mapping.items():
-        if key not in names:
-            raise ConfigError(f"{unknown('configuration key', where + str(key), [where + n for n in names])}")
-        arguments[key] = _convert(value, hints[key], where + key)
-    return cls(**arguments)
 
 
 def assignment(text: str) -> dict[str, Any]:
@@ -349,49 +406,6 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type, or ConfigError; YAML reads ``1e-3`` as a text, so floats accept texts."""
-    origin = get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _convert_union(value, get_args(hint), where)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: needs keys of its own ({where}.KEY=VALUE), got {value!r}")
-        return build_config(hint, value, where + ".")
-    if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple):
-            raise ConfigError(f"{where}: needs a list, got {value!r}")
-        return tuple(_convert(part.strip() if isinstance(part, str) else part, str, where) for part in parts if part)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: needs a mapping, got {value!r}")
-        return {str(key): part for key, part in value.items()}
-    return _convert_scalar(value, hint, where)
-
-
-def _convert_union(value: Any, hints: tuple[Any, ...], where: str) -> Any:
-    if value is None and type(None) in hints:
-        return None
-    return _convert(value, next(hint for hint in hints if hint is not type(None)), where)
-
-
-def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    raise ConfigError(f"{where}: needs {names[hint]}, got {value!r}")
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(part) for key, part in value.items()}
@@ -401,6 +415,13 @@ def _plain(value: Any) -> Any:
 def _at_least(where: str, value: float, lowest: float) -> None:
     if not value >= lowest:
         raise ConfigError(f"{where}: needs a number of at least {lowest}, got {value}")
+
+
+def _check_size(where: str, text: str) -> None:
+    try:
+        parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _check_metric(where: str, name: str) -> None:

@@ -55,11 +55,17 @@ def begin_lines(event: Event) -> list[str]:
     return [*lines, f"resumed after step {event['step']}"] if event["step"] else lines
 
 
+def _share(event: Event, key: str, *, width: int = 0) -> str:
+    """``accuracy 97.50%  ``; nothing where none is counted, as in a network that learns without labels."""
+    value = event.get(key)
+    return "" if value is None else f"{key.removeprefix('train_').replace('_', ' ')} {value:{width}.2%}  "
+
+
 def epoch_line(event: Event) -> str:
     """One line for an epoch."""
     return (
-        f"epoch {event['epoch'] + 1:3d}  loss {event['train_loss']:.4f}  accuracy {event['train_accuracy']:7.2%}  "
-        f"test loss {event['test_loss']:.4f}  test accuracy {event['test_accuracy']:7.2%}  "
+        f"epoch {event['epoch'] + 1:3d}  loss {event['train_loss']:.4f}  {_share(event, 'train_accuracy', width=7)}"
+        f"test loss {event['test_loss']:.4f}  {_share(event, 'test_accuracy', width=7)}"
         f"{event['images_per_s']:,.0f} images/s  data {event['data_share']:.1%}  "
         f"left {_time(event['eta_s'])}"
     )
@@ -73,9 +79,11 @@ def end_lines(event: Event) -> list[str]:
     why = " (no longer improving)" if event["status"] == "early" else ""
     lines = []
     if metrics:
+        share = metrics.get("test_accuracy")
         lines.append(
             f"done{why} after {event['step']} steps in {_time(event['seconds'])}: "
-            f"test accuracy {metrics['test_accuracy']:.2%}, test loss {metrics['test_loss']:.4f}"
+            + ("" if share is None else f"test accuracy {share:.2%}, ")
+            + f"test loss {metrics['test_loss']:.4f}"
         )
     else:
         lines.append(f"done: nothing was left to do after step {event['step']}")
@@ -130,7 +138,7 @@ class PlainDisplay(QuietDisplay):
             case "step" if time.monotonic() - self._shown > PLAIN_S:
                 self._print(
                     f"epoch {event['epoch'] + 1:3d}  step {event['step']}  loss {event['loss']:.4f}  "
-                    f"accuracy {event['accuracy']:.2%}  {event['images_per_s']:,.0f} images/s  "
+                    f"{_share(event, 'accuracy')}{event['images_per_s']:,.0f} images/s  "
                     f"left {_time(event['eta_s'])}"
                 )
             case "epoch":
@@ -192,9 +200,7 @@ class BarDisplay(QuietDisplay):
                     self._task, total=total, completed=event["step"], description=f"epoch 1/{self._epochs}"
                 )
             case "step":
-                figures = (
-                    f"loss {event['loss']:.4f}  accuracy {event['accuracy']:.2%}  {event['images_per_s']:,.0f} images/s"
-                )
+                figures = f"loss {event['loss']:.4f}  {_share(event, 'accuracy')}{event['images_per_s']:,.0f} images/s"
                 self._bar.update(
                     self._task,
                     completed=event["step"],

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from windlass.config import TrainConfig, build_config
+from windlass.config import TrainConfig
+from windlass.typed import build_config
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,25 @@ import numpy as np
 import torch
 
 from windlass.check.plan import check_plan
-from windlass.config import TrainConfig, read_yaml
+from windlass.config import LEVERS_SET, TrainConfig, read_yaml
 from windlass.data import Dataset, open_dataset
 from windlass.data.serving import BatchServer
 from windlass.engine.agree import on_all, on_root
+from windlass.engine.allreduce import Allreduce
 from windlass.engine.launch import threads_per_rank
 from windlass.engine.world import World
 from windlass.errors import ConfigError, WindlassError
 from windlass.job import Job
 from windlass.networks import NETWORKS, build_network, input_size
 from windlass.networks.capture import capture
+from windlass.networks.recompute import recompute_blocks
 from windlass.plan.graph import Graph
+from windlass.plan.pick import AUTO
+from windlass.plan.placement import Placement
 from windlass.plan.plan import Choice, Plan, plan_from_mapping
 from windlass.runs.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from windlass.tuning.choose import choose_plan
+from windlass.tuning.cluster import tuned_chooser
 from windlass.tuning.convolution import OnEvent, make_tuner
 from windlass.tuning.cost import Layout
 from windlass.tuning.network import apply_plan, complete, tune_network, with_convolutions
@@ -61,6 +66,7 @@ class Prepared:
     test: BatchServer
     threads: int
     checkpoint: Checkpoint | None = None
+    placement: Placement | None = None
 
     def seat(self, world: World) -> None:
         """From now on this rank is one of `world`: it serves that one's shards."""
@@ -96,10 +102,13 @@ def prepare(
     size = image_size(config, dataset)
     torch.manual_seed(config.seed)
     network = module or on_all(world, lambda: network_for(config, dataset, size))
-    graph = on_root(world, lambda: captured(config, network, channels=dataset.image_shape[0], size=size,
-                                            num_classes=dataset.num_classes))  # fmt: skip
+    graph, plain = capture_step(
+        config, network, world, shape=(dataset.image_shape[0], size, size), num_classes=dataset.num_classes
+    )
     steps = config.epochs * -(-len(dataset.train) // config.batch)
-    choose = functools.partial(plan_for, config, graph, network, steps=steps, threads=threads, on_event=on_event)
+    choose = functools.partial(
+        plan_for, config, graph, network, plain=plain, steps=steps, threads=threads, on_event=on_event
+    )
     plan = on_root_alone(world, choose, note=lambda: note("waiting for rank 0, which measures", 0))
     network = on_all(world, lambda: apply_plan(plan, graph, network))
     serve = {
@@ -140,19 +149,52 @@ def network_for(config: TrainConfig, dataset: Dataset, size: int) -> torch.nn.Mo
     )
 
 
-def captured(config: TrainConfig, module: torch.nn.Module, *, channels: int, size: int, num_classes: int) -> Graph:
-    """The network's graph at one worker's share of the batch."""
+def capture_step(
+    config: TrainConfig, module: torch.nn.Module, world: World, *, shape: tuple[int, int, int], num_classes: int
+) -> tuple[Graph, Graph | None]:
+    """The graph of what a worker runs at once: a micro-batch of its share, with blocks recomputed as asked for.
+
+    The network's blocks are computed again from here on, where that is asked for.
+
+    Args:
+        config: what is asked for.
+        module: the network.
+        world: the ranks; rank 0 captures for all.
+        shape: of one sample.
+        num_classes: of the labels.
+
+    Returns:
+        The graph, and where micro-batches or recomputing are asked for the one without them.
+    """
     share = math.ceil(config.batch / config.workers)
-    return capture(module, (share, channels, size, size), name=config.network, num_classes=num_classes)
+
+    def captured(batch: int) -> Graph:
+        return capture(module, (batch, *shape), name=config.network, num_classes=num_classes)
+
+    plain = on_root(world, lambda: captured(share)) if config.accumulate > 1 or config.recompute != "none" else None
+    if config.recompute == "blocks":
+        on_all(world, lambda: recompute_blocks(module, name=config.network))
+    return on_root(world, lambda: captured(math.ceil(share / config.accumulate))), plain
 
 
 def plan_for(
-    config: TrainConfig, graph: Graph, module: torch.nn.Module, *, steps: int, threads: int, on_event: OnEvent
+    config: TrainConfig,
+    graph: Graph,
+    module: torch.nn.Module,
+    *,
+    steps: int,
+    threads: int,
+    on_event: OnEvent,
+    plain: Graph | None = None,
 ) -> Plan:
-    """The plan in the configuration's file, checked and completed, or the one Windlass chooses for so many steps."""
+    """The plan in the configuration's file, checked and completed, or the one Windlass chooses for so many steps.
+
+    `graph` and `plain` are those of `capture_step`.
+    """
     settings = config.convolution_settings()
     if not config.plan:
-        plan = choose_plan(graph, workers=config.workers, batch=config.batch)
+        asked = {name: getattr(config, name) for name in LEVERS_SET}
+        plan = choose_plan(graph, workers=config.workers, batch=config.batch, asked=asked, plain=plain)
         if settings.tune == "auto" and settings.accuracy != "exact":
             tune, reason = decide_tuning(graph, steps=steps, threads=threads, accuracy=settings.accuracy)
             settings = dataclasses.replace(settings, tune=tune)
@@ -168,6 +210,11 @@ def plan_for(
     for name, ours in (("workers", config.workers), ("batch", config.batch)):
         if getattr(plan, name) != ours:
             raise ConfigError(f"{where}: {name}: the plan says {getattr(plan, name)}, the configuration {ours}")
+    for name in LEVERS_SET:
+        if plan.value(name) != getattr(config, name):
+            raise ConfigError(
+                f"{where}: levers.{name}: the plan says {plan.value(name)}, the configuration {getattr(config, name)}"
+            )
     whole = complete(plan, graph)
     if plan.value("convolution") != "auto" or len(plan.layers) == len(whole.layers):
         return whole
@@ -183,6 +230,13 @@ def _tuned(
     tuner = make_tuner(settings, threads=threads, on_event=on_event)
     layout: Layout = "channels_last" if plan.value("layout") == "channels_last" else "contiguous"
     return with_convolutions(plan, tune_network(graph, module, layout=layout, tuner=tuner))
+
+
+def allreduce_for(world: World, plan: Plan) -> Allreduce:
+    """What sums gradients over these ranks, as the plan says; every one of them calls this."""
+    lever, fixed_order = str(plan.value("allreduce")), bool(plan.value("fixed_order"))
+    choose = tuned_chooser(world) if lever == AUTO and not fixed_order else None
+    return Allreduce(world, lever, fixed_order=fixed_order, choose=choose)
 
 
 def on_root_alone(world: World, action: Callable[[], T], *, note: Callable[[], None]) -> T:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -20,6 +22,23 @@ class Progress:
     data_s: float = 0.0
     best: float | None = None
     best_epoch: int = -1
+
+    def running(self) -> dict[str, float]:
+        """The epoch so far: loss over its samples, its pace, and the share of waiting for data."""
+        if not self.seen:
+            return dict.fromkeys(("loss", "images_per_s", "data_share"), math.nan)
+        seconds = max(self.epoch_s, 1e-9)
+        return {
+            "loss": self.loss_sum / self.seen,
+            "images_per_s": self.seen / seconds,
+            "data_share": self.data_s / seconds,
+        }
+
+    def epochs_since_best(self, value: float, *, min_delta: float) -> int:
+        """Takes this epoch's value of the watched metric, better when lower; epochs since it last improved."""
+        if self.best is None or value < self.best - min_delta:
+            self.best, self.best_epoch = value, self.epoch
+        return self.epoch - self.best_epoch
 
     def begin_epoch(self) -> None:
         """Empties the sums of the epoch."""
@@ -46,4 +65,4 @@ class Summary:
     status: str
     step: int
     seconds: float
-    metrics: dict[str, float]
+    metrics: dict[str, Any]

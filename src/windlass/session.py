@@ -16,24 +16,24 @@ from windlass.engine.allreduce import Allreduce
 from windlass.engine.elastic import STANDING_BY, Crew
 from windlass.engine.watch import StopRequest
 from windlass.engine.world import LocalWorld, RankLost, World
-from windlass.errors import ConfigError, StoppedError, WindlassError, WriteError
+from windlass.errors import StoppedError, WindlassError, WriteError
 from windlass.job import Job
 from windlass.loop import Emit, Note, Trainer
+from windlass.objective import check_metrics
 from windlass.optim.rules import UPDATE_RULES
-from windlass.plan.graph import Graph
+from windlass.placed import PlacedTrainer
+from windlass.placing import find_placement
 from windlass.prepare import Prepared, prepare
 from windlass.progress import Progress, Summary
+from windlass.recovery import ElasticTrainer
 from windlass.report.page import write_report
-from windlass.report.units import num_bytes, plain
+from windlass.resources import check_resources
 from windlass.runs.checkpoint import MANIFEST, list_checkpoints, set_aside_later
-from windlass.runs.folder import check_writable, describe_machine, free_bytes, memory_bytes, write_folder
+from windlass.runs.folder import describe_machine, write_folder
 from windlass.runs.metrics import FLUSH_S, MetricsWriter, load_board
-from windlass.tuning.network import plan_kept_bytes, plan_workspace_bytes
 
 TRIED_SIZES = (1 << 10, 1 << 16, 1 << 20)
 """Elements of the sums that ranks of an elastic run try beforehand."""
-OPTIMIZER_COPIES = {"SGD": 1, "Adagrad": 1, "Adam": 2, "AdamW": 2}
-"""Tensors of the parameters' size that PyTorch's optimizers keep."""
 
 
 def run_rank(
@@ -69,6 +69,9 @@ def run_rank(
         emit(event)
 
     prepared = prepare(job, world, module=module, on_event=on_event, note=note)
+    on_all(world, lambda: check_metrics(prepared.module, job.config))
+    if job.config.parallel != "data" and world.size > 1:
+        prepared.placement = on_root(world, lambda: find_placement(prepared))
     checks = on_root(world, lambda: check_resources(prepared))
     if not job.dry_run:
         hosts = world.gather(world.host)
@@ -109,14 +112,33 @@ def _lead(prepared: Prepared, *, emit: Emit, stop: StopRequest, note: Note, crew
     world = prepared.world
     writer = on_all(world, lambda: _writer(prepared, emit) if world.rank == 0 else None)
     emit(_begin_event(prepared, prepared.checkpoint.step if prepared.checkpoint else 0))
-    trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=writer, crew=crew, reopen=_reopen(prepared))
+    trainer = _trainer(prepared, emit=emit, stop=stop, note=note, writer=writer, crew=crew)
     return _train(trainer, emit=emit, note=note)
+
+
+def _trainer(
+    prepared: Prepared,
+    *,
+    emit: Emit,
+    stop: StopRequest,
+    note: Note,
+    writer: MetricsWriter | None,
+    crew: Crew | None = None,
+) -> Trainer:
+    """The trainer that this run asks for."""
+    if prepared.placement is not None:
+        return PlacedTrainer(prepared, emit=emit, stop=stop, note=note, writer=writer)
+    if crew is None:
+        return Trainer(prepared, emit=emit, stop=stop, note=note, writer=writer)
+    return ElasticTrainer(prepared, emit=emit, stop=stop, note=note, writer=writer, crew=crew, reopen=_reopen(prepared))
 
 
 def _stand_by(prepared: Prepared, crew: Crew, *, emit: Emit, stop: StopRequest, note: Note) -> Summary:
     """What a spare does: makes everything ready, waits, and trains if it is called."""
     load_board()
-    trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=None, crew=crew, reopen=_reopen(prepared))
+    trainer = ElasticTrainer(
+        prepared, emit=emit, stop=stop, note=note, writer=None, crew=crew, reopen=_reopen(prepared)
+    )
     trainer.rehearse()
     note(STANDING_BY, 0)
     if not crew.stand_by(lambda: note(STANDING_BY, 0)):
@@ -274,79 +296,28 @@ def best_checkpoint(prepared: Prepared) -> dict[str, Any] | None:
     }
 
 
-def worker_bytes(graph: Graph, *, update_rule: str, world_size: int) -> int:
-    """Predicted most bytes of tensors on one worker.
-
-    The step's peak, flat gradients (the rank's own and, with others, the sum), and the optimizer's state.
-    """
-    copies = 1 + (world_size > 1) + OPTIMIZER_COPIES[UPDATE_RULES[update_rule].torch_class]
-    return graph.peak_bytes + copies * graph.memories()["∇W"]
-
-
-def checkpoint_bytes(graph: Graph, *, update_rule: str) -> int:
-    """About the bytes of one checkpoint."""
-    copies = 1 + OPTIMIZER_COPIES[UPDATE_RULES[update_rule].torch_class]
-    return copies * graph.memories()["W"] + (1 << 16)
-
-
-def check_resources(prepared: Prepared) -> dict[str, str]:
-    """Memory and disk against what the run will need; what was found, in words.
-
-    Raises:
-        ConfigError: the memory will not do.
-        WriteError: the disk will not do.
-    """
-    config, world = prepared.job.config, prepared.world
-    rule, folder = config.update.name, Path(prepared.job.folder)
-    scratch = plan_workspace_bytes(prepared.plan, prepared.graph, threads=prepared.threads)
-    tensors = worker_bytes(prepared.graph, update_rule=rule, world_size=world.size)
-    tensors += plan_kept_bytes(prepared.plan, prepared.graph)
-    needed = world.local_size * (tensors + scratch)
-    available = memory_bytes("MemAvailable")
-    if available and needed > available:
-        raise ConfigError(
-            f"{world.local_size} worker(s) on {world.host} need about {_size(needed)} of memory, {_size(available)} "
-            f"are available: take a smaller --batch or more hosts"
-        )
-    check_writable(folder)
-    kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # the one being written
-    needed_disk = kept * checkpoint_bytes(prepared.graph, update_rule=rule)
-    free = free_bytes(folder)
-    if needed_disk > free:
-        raise WriteError(
-            f"{folder}: {kept} checkpoints need about {_size(needed_disk)}, {_size(free)} are free: set "
-            f"checkpoint.keep_last lower or name another --out"
-        )
-    return {
-        "memory": f"{_size(needed)} predicted on this host, {_size(available)} available",
-        "disk": f"{_size(needed_disk)} for checkpoints, {_size(free)} free",
-    }
-
-
-def _size(size: float) -> str:
-    return plain(num_bytes(size))
-
-
 def _dry_run(prepared: Prepared, checks: dict[str, str], *, emit: Emit, stop: StopRequest, note: Note) -> Summary:
     """One step and one evaluation step's worth of checks; nothing is written."""
     config, data, graph = prepared.job.config, prepared.dataset, prepared.graph
+    parts = int(prepared.plan.value("accumulate"))
     found = {
         "configuration": f"{config.network}, {config.epochs} epochs of {prepared.train.num_steps} steps, "
         f"batch {config.batch}, {config.update.name}",
         "data": f"{data.name}: {len(data.train)} to train, {len(data.test)} to test, {data.num_classes} classes, "
         f"images {'×'.join(map(str, graph.input_shape[1:]))}",
-        "network": f"{graph.num_parameters:,} parameters, {graph.forward_macs:,} forward MACs a worker and step",
+        "network": f"{graph.num_parameters:,} parameters, {parts * graph.forward_macs:,} forward MACs a worker and "
+        f"step",
         "plan": ", ".join(f"{name} {choice.value}" for name, choice in prepared.plan.levers.items()),
         **checks,
     }
     for name, detail in found.items():
         emit({"kind": "check", "name": name, "detail": detail})
-    trainer = Trainer(prepared, emit=emit, stop=stop, note=note, writer=None)
+    trainer = _trainer(prepared, emit=emit, stop=stop, note=note, writer=None)
     trainer.module.train()
-    trainer.step(prepared.train.fetch(0, 0))  # the first one pays for what is made once
+    trainer.step(trainer.serve(prepared.train, 0, 0))  # the first one pays for what is made once
     trainer.progress.step = 0
     trainer._timer.begin()
-    agreed = trainer.step(prepared.train.fetch(0, 0))
+    agreed = trainer.step(trainer.serve(prepared.train, 0, 0))
     seconds = trainer._timer.end()["seconds"]
     total_s = seconds * prepared.train.num_steps * config.epochs
     emit(

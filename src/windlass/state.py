@@ -8,6 +8,7 @@ running statistics differ from rank to rank) are kept for every rank.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,13 +53,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, groups: list[FlatGroup], te
                     flat = state.setdefault(kind, torch.zeros_like(group.parameter.data))
                     group.view(flat, index).copy_(value)
         for key, value in tensors.items():
-            if key.startswith("optimizer/") and key.endswith(f"#{number}"):
-                state[key.removeprefix("optimizer/").rpartition("#")[0]] = value.clone()
+            kind, mark, of = key.removeprefix("optimizer/").rpartition("#")
+            if key.startswith("optimizer/") and mark and of == _number_in(tensors, kind, number):
+                state[kind] = value.clone()
         optimizer.state[group.parameter] = state
+
+
+def _number_in(tensors: Tensors, kind: str, number: int) -> str:
+    """The group whose counter is taken: that of the first where fewer groups were saved."""
+    return str(number) if f"optimizer/{kind}#{number}" in tensors else "0"
 
 
 def rank_tensors(module: torch.nn.Module) -> Tensors:
     """This rank's random states and buffers."""
+    return random_tensors() | {f"buffer/{name}": buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+
+def random_tensors() -> Tensors:
+    """This rank's random states."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     assert kind == "MT19937"
     version, words, next_gauss = random.getstate()
@@ -67,19 +79,23 @@ def rank_tensors(module: torch.nn.Module) -> Tensors:
         "rng/torch": torch.get_rng_state(),
         "rng/numpy": torch.tensor([*map(float, keys), position, has_gauss, gauss], dtype=torch.float64),
         "rng/python": torch.tensor([*words, next_gauss is not None, next_gauss or 0.0], dtype=torch.float64),
-        **{f"buffer/{name}": buffer.detach().clone() for name, buffer in module.named_buffers()},
     }
 
 
 def load_rank(module: torch.nn.Module, tensors: Tensors) -> None:
     """Puts back what `rank_tensors` took."""
+    load_random(tensors)
+    for name, buffer in module.named_buffers():
+        buffer.copy_(tensors[f"buffer/{name}"])
+
+
+def load_random(tensors: Tensors) -> None:
+    """Puts back the random states of `random_tensors`."""
     torch.set_rng_state(tensors["rng/torch"])
     *keys, position, has_gauss, gauss = tensors["rng/numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), gauss))
     *words, has_next, next_gauss = tensors["rng/python"].tolist()
     random.setstate((3, tuple(int(word) for word in words), next_gauss if has_next else None))
-    for name, buffer in module.named_buffers():
-        buffer.copy_(tensors[f"buffer/{name}"])
 
 
 def seed_rank(seed: int, *, step: int, rank: int) -> None:
@@ -88,6 +104,14 @@ def seed_rank(seed: int, *, step: int, rank: int) -> None:
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
+
+
+def give_weights(parameters: Iterable[torch.Tensor], world: World) -> None:
+    """Gives rank 0's parameters to all: zero elsewhere, then the sum."""
+    for parameter in parameters:
+        own = parameter.detach().contiguous().numpy()
+        total = sum_array(world, own if world.rank == 0 else np.zeros_like(own))
+        parameter.data.copy_(torch.from_numpy(total))
 
 
 def average_buffers(module: torch.nn.Module, world: World) -> None:
@@ -102,7 +126,12 @@ def average_buffers(module: torch.nn.Module, world: World) -> None:
 
 def gather_rank_tensors(module: torch.nn.Module, world: World) -> Tensors:
     """Every rank's random states and buffers, by ``rank0/…``; on every rank."""
-    own: dict[str, Any] = {name: tensor.numpy() for name, tensor in rank_tensors(module).items()}
+    return gather_tensors(rank_tensors(module), world)
+
+
+def gather_tensors(tensors: Tensors, world: World) -> Tensors:
+    """Every rank's tensors, by ``rank0/…``; on every rank."""
+    own: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     return {
         f"rank{rank}/{name}": torch.from_numpy(np.array(array))
         for rank, tensors in enumerate(world.gather(own))

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from windlass.config import config_from_layers, read_yaml, saved_config
+from windlass.config import LEVERS_SET, config_from_layers, read_yaml, saved_config
 from windlass.data import check_dataset
 from windlass.display import make_display
 from windlass.engine.channel import Channel
@@ -50,7 +50,7 @@ Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 FIXED_ON_RESUME = (
     "network", "network_args", "data.source", "data.augment", "data.image_size", "data.holdout",
-    "batch", "seed", "update.name",
+    "batch", "head_batch", "seed", "update.name",
 )  # fmt: skip
 """What a run that goes on may not change: with another value it would be another run."""
 
@@ -183,15 +183,17 @@ def _layers_to_resume(layers: list[Mapping[str, Any]], out: str) -> list[Mapping
         old, new = (values[first][second] if second else values[first] for values in (before, after))
         if old != new:
             raise ConfigError(f"{name}: the run in {out} has {old!r}, not {new!r}: a run that resumes keeps it")
-    # The plan it ran with still fits, unless the number of workers changes: then Windlass chooses anew.
-    plan = str(Path(out) / "plan.yaml") if before["workers"] == after["workers"] else ""
+    # The plan it ran with still fits, unless what it was chosen for changes: then Windlass chooses anew.
+    same = all(before[name] == after[name] for name in ("workers", *LEVERS_SET))
+    plan = str(Path(out) / "plan.yaml") if same else ""
     return [saved, {"out": out, "plan": plan}, *layers]
 
 
 def _plan_layer(path: Path) -> dict[str, Any]:
     """What a plan file says of the configuration; options given beside it must agree (`prepare.plan_for`)."""
     plan = plan_from_mapping(read_yaml(path, "plan"), where=f"plan {path}")
-    return {"network": plan.network, "workers": plan.workers, "batch": plan.batch}
+    levers = {name: plan.value(name) for name in LEVERS_SET}
+    return {"network": plan.network, "workers": plan.workers, "batch": plan.batch, **levers}
 
 
 @dataclass

@@ -74,7 +74,8 @@ def test_dry_run_checks_everything_and_leaves_nothing(capsys: pytest.CaptureFixt
 def test_print_config_is_a_configuration_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "resnet18", "--data", "synthetic", "--print-config", "--lr", "0.5"]) == 0
     mapping = yaml.safe_load(capsys.readouterr().out)
-    assert mapping["update"] == {"name": "momentum", "lr": 0.5, "momentum": 0.9, "dampening": 0.0, "weight_decay": 1e-4}
+    numbers = {"lr": 0.5, "momentum": 0.9, "dampening": 0.0, "weight_decay": 1e-4}
+    assert mapping["update"] == {"name": "momentum", **numbers, "scaling": "none", "base_batch": 128}
     assert list(Path().iterdir()) == []
 
 

@@ -400,3 +400,71 @@ def test_padding_stays_zero() -> None:
         for _, part in group.split(flat):
             part.zero_()
         assert not flat.any() and flat.numel() % ALIGN == 0
+
+
+# --- micro-batches and keys -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
+def test_gradients_of_micro_batches_add_up_and_sums_begin_with_the_last(bucket_bytes: int, overlap: bool) -> None:
+    """Three backward passes; the order of addition is fixed, so the bits are those of autograd's own adding up."""
+    module, ranks = network(), Ranks()
+    own = copy.deepcopy(module)
+    for seed in range(3):
+        loss_of(own, seed).backward()  # type: ignore[no-untyped-call]
+    expected = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in own.named_parameters()
+        if parameter.requires_grad
+    }
+    averager = averager_of(module, ranks, bucket_bytes=bucket_bytes, overlap=overlap)
+    for _ in range(2):
+        ranks.started.clear()
+        averager.begin()
+        for seed in range(2):
+            averager.hold()
+            loss_of(module, seed).backward()  # type: ignore[no-untyped-call]
+            averager.add()
+            assert not ranks.started
+        loss_of(module, 2).backward()  # type: ignore[no-untyped-call]
+        assert bool(ranks.started) == (averager._overlap and bucket_bytes == 1)
+        averager.finish_backward()
+        averager.wait()
+        assert len(ranks.started) == averager.num_buckets
+        assert_same(gradients(averager.groups), expected)
+
+
+def test_a_parameter_that_only_the_first_micro_batch_reaches_keeps_its_gradient() -> None:
+    module, ranks = network(), Ranks()
+    averager = averager_of(module, ranks, bucket_bytes=1, overlap=True)
+    averager.begin()
+    averager.hold()
+    module.unused.weight.sum().backward()  # type: ignore[operator, union-attr]
+    averager.add()
+    loss_of(module).backward()  # type: ignore[no-untyped-call]
+    averager.finish_backward()
+    averager.wait()
+    assert gradients(averager.groups)["unused.weight"].equal(torch.ones(3, 5))
+
+
+def test_every_key_has_its_own_sum_and_no_key_none() -> None:
+    module = network()
+    expected = plain_gradients(module)
+    keys: dict[str, Any] = dict.fromkeys(expected, (0,)) | {"first.weight": (), "tied.weight": (1,), "tied.bias": (1,)}
+    del keys["scale"]
+    sums = {key: Ranks() for key in ((0,), (1,))}
+    averager = GradientAverager(
+        module, start_sum=Ranks().start_sum, bucket_bytes=1 << 20, overlap=True, alone=False, keys=keys,
+        start_sums={key: ranks.start_sum for key, ranks in sums.items()},
+    )  # fmt: skip
+    averager.begin()
+    loss_of(module).backward()  # type: ignore[no-untyped-call]
+    averager.finish_backward()
+    averager.wait()
+    del expected["scale"]
+    assert_same(gradients(averager.groups), expected)
+    named = {group.key: set(group.names) for group in averager.groups if group.key != (0,)}
+    assert named == {(): {"first.weight"}, (1,): {"tied.weight", "tied.bias"}}
+    assert [len(ranks.started) for ranks in sums.values()] == [2, 1], "two dtypes; what has no key is left alone"
+    assert all(group.own is group.gradient for group in averager.groups if group.key == ())

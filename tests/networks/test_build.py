@@ -23,6 +23,7 @@ PARAMETERS = {
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "coates": 97 * 97 * 16 * 3 * 8 * 8,  # a filter of 8x8x3 for each of 16 maps at each of 97x97 positions
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from windlass.errors import ConfigError
 from windlass.optim.build import build_optimizer, set_learning_rate
 from windlass.optim.rules import UPDATE_RULES, UpdateRule
 
-HYPER_PARAMETERS = [field.name for field in fields(UpdateRule) if field.name != "name"]
+OTHERS = ("name", "scaling", "base_batch")
+HYPER_PARAMETERS = [field.name for field in fields(UpdateRule) if field.name not in OTHERS]
 SET = {
     "lr": 0.02, "momentum": 0.7, "dampening": 0.25, "weight_decay": 0.03,
     "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "lr_decay": 0.1,
@@ -19,8 +21,12 @@ SET = {
 """A value for every hyper-parameter that no rule has as its default."""
 
 
+def rule_of(name: str, **numbers: Any) -> UpdateRule:
+    return UpdateRule(name=name, **numbers)
+
+
 def set_by_hand(name: str) -> UpdateRule:
-    return UpdateRule(name=name, **{key: SET[key] for key in UPDATE_RULES[name].defaults})
+    return rule_of(name, **{key: SET[key] for key in UPDATE_RULES[name].defaults})
 
 
 def plain_optimizer(rule: UpdateRule, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -96,7 +102,7 @@ def test_what_is_set_by_hand_overrides_the_default_and_nothing_else(name: str) -
     defaults = UPDATE_RULES[name].defaults
     assert UpdateRule(name=name).hyper_parameters() == defaults
     for key in defaults:
-        rule = UpdateRule(name=name, **{key: SET[key]})
+        rule = rule_of(name, **{key: SET[key]})
         assert rule.hyper_parameters() == defaults | {key: SET[key]}
     assert UpdateRule(name=name, lr=0.5).base_lr == 0.5
     assert UpdateRule(name=name).base_lr == defaults["lr"]
@@ -107,7 +113,7 @@ def test_a_hyper_parameter_that_a_rule_does_not_have_is_refused_with_those_it_ha
     accepted = UPDATE_RULES[name].defaults
     for key in set(HYPER_PARAMETERS) - set(accepted):
         with pytest.raises(ConfigError) as caught:
-            UpdateRule(name=name, **{key: SET[key]})
+            rule_of(name, **{key: SET[key]})
         assert str(caught.value) == f"update.{key}: {name} has no {key}; it has: {', '.join(accepted)}"
 
 
@@ -116,14 +122,14 @@ def test_a_hyper_parameter_that_a_rule_does_not_have_is_refused_with_those_it_ha
 def test_negative_and_non_finite_numbers_are_refused(name: str, value: float) -> None:
     for key in UPDATE_RULES[name].defaults:
         with pytest.raises(ConfigError, match=f"^update.{key}: needs a finite number of at least 0, got"):
-            UpdateRule(name=name, **{key: value})
+            rule_of(name, **{key: value})
 
 
 @pytest.mark.parametrize(("name", "key"), [("momentum", "momentum"), ("adam", "beta1"), ("adamw", "beta2")])
 def test_shares_of_the_past_stay_below_one(name: str, key: str) -> None:
-    UpdateRule(name=name, **{key: 0.999999})
+    rule_of(name, **{key: 0.999999})
     with pytest.raises(ConfigError, match=f"^update.{key}: needs a number below 1, got 1"):
-        UpdateRule(name=name, **{key: 1.0})
+        rule_of(name, **{key: 1.0})
 
 
 def test_dampening_may_be_one_but_nesterov_needs_momentum() -> None:
@@ -136,3 +142,34 @@ def test_dampening_may_be_one_but_nesterov_needs_momentum() -> None:
 def test_an_unknown_rule_is_refused_with_the_near_one() -> None:
     with pytest.raises(ConfigError, match=r"^update\.name: unknown update rule 'adm'; did you mean 'adam'"):
         UpdateRule(name="adm")
+
+
+def test_scaling_by_root_is_krizhevskys_example_and_forgets_as_much() -> None:
+    """Section 4: from 128 to 1024 with ε = 0.01, w = 0.0005 gives ε' = √8 * 0.01, w' = 0.0014141."""
+    rule = UpdateRule(lr=0.01, weight_decay=0.0005, scaling="sqrt").for_batch(1024)
+    assert rule.base_lr == pytest.approx(math.sqrt(8) * 0.01)
+    decay = rule.hyper_parameters()["weight_decay"]
+    assert decay == pytest.approx(0.0014142, abs=5e-8)
+    assert 1 - rule.base_lr * decay == pytest.approx((1 - 0.01 * 0.0005) ** 8, rel=1e-12)
+    assert rule.for_batch(1024) == rule, "a rule is scaled once"
+
+
+def test_linear_scaling_leaves_the_decay_and_none_both() -> None:
+    linear = UpdateRule(name="adamw", lr=0.01, weight_decay=0.0005, scaling="linear", base_batch=64).for_batch(32)
+    assert linear.hyper_parameters() == UpdateRule(name="adamw", lr=0.005, weight_decay=0.0005).hyper_parameters()
+    plain = UpdateRule(lr=0.01)
+    assert plain.for_batch(1024).hyper_parameters() == plain.hyper_parameters()
+
+
+@pytest.mark.parametrize(("lr", "decay"), [(0.0, 0.1), (0.1, 0.0), (2.0, 0.5), (3.0, 0.5)])
+def test_scaling_by_root_at_its_ends(lr: float, decay: float) -> None:
+    rule = UpdateRule(lr=lr, weight_decay=decay, scaling="sqrt", base_batch=1).for_batch(4)
+    ends = {(0.0, 0.1): 2 * decay, (0.1, 0.0): 0.0, (2.0, 0.5): 1 / 4.0, (3.0, 0.5): 1 / 6.0}
+    assert rule.hyper_parameters()["weight_decay"] == pytest.approx(ends[lr, decay])
+
+
+def test_unknown_scalings_and_batches_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"update.scaling: unknown scaling 'root'; did you mean 'sqrt'|linear"):
+        UpdateRule(scaling="root")
+    with pytest.raises(ConfigError, match=r"update.base_batch: needs a number of at least 1, got 0"):
+        UpdateRule(base_batch=0)

@@ -29,7 +29,7 @@ def check_plan(plan: Plan, graph: Graph, *, where: str = "plan") -> None:
         if refusal:
             raise ConfigError(f"{where}: levers.{name}: {refusal}")
     _check_layers(plan, graph, where)
-    if plan.batch < plan.workers:
+    if plan.batch < plan.workers and plan.value("parallel") == "data":
         raise ConfigError(
             f"{where}: batch: {plan.workers} workers need a batch of at least {plan.workers}, got {plan.batch}"
         )

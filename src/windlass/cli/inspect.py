@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from windlass.cli.inspect_parallel import BATCH_OF_WORKER, Asked, find, num_workers, print_placement, to_mapping
+from windlass.cli.levers import MESH_HELP, PARALLEL_HELP
 from windlass.config import assignment
 from windlass.errors import ConfigError
 from windlass.networks import NETWORKS, check_network_name
@@ -24,17 +26,48 @@ if TYPE_CHECKING:
 
 def inspect_command(
     network: Annotated[str, typer.Argument(help="Built-in name, or package.module:function.")],
-    batch: Annotated[int, typer.Option(help="Samples of a step on one worker.")] = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Samples of a step on one worker, default 1; with --parallel of all, default 128 each."),
+    ] = None,
     classes: Annotated[int | None, typer.Option(help="Classes; default the network's own.")] = None,
     channels: Annotated[int | None, typer.Option(help="Channels of the input; default the network's own.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the input; default the network's own.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="network_args.KEY=VALUE of the network's constructor.")
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the graph as JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the DAG into this file (.png, .svg, .pdf).")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the DAG, or the placement, into this file (.png, .svg, .pdf).")
+    ] = None,
+    parallel: Annotated[
+        str | None, typer.Option(help=f"Instead, what each worker holds and sends. {PARALLEL_HELP}")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="With --parallel: how many; default the mesh's, or 2.")] = None,
+    mesh: Annotated[str | None, typer.Option(help=f"With --parallel: {MESH_HELP}")] = None,
+    rank: Annotated[int | None, typer.Option(help="With --parallel: the worker whose layers are shown.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="With --parallel: refuse what needs more on any worker, as 500MiB.")
+    ] = None,
+    update: Annotated[
+        str | None, typer.Option(help="With --parallel: the update rule of training; default momentum.")
+    ] = None,
 ) -> None:
     """Print a network's layers: shapes, parameters, multiply-adds, and the four memories of training."""
+    if parallel is not None:
+        asked = Asked(parallel, workers or 0, mesh, rank or 0, memory_limit, update or "momentum")
+        size = _batch(batch, default=BATCH_OF_WORKER * num_workers(asked))
+        module, shape, num_classes = build(
+            network, batch=size, classes=classes, channels=channels, size=image_size, settings=settings or []
+        )
+        _inspect_placement(module, shape, asked, network=network, num_classes=num_classes, json_output=json_output,
+                           plot=plot)  # fmt: skip
+        return
+    given = {"--workers": workers, "--mesh": mesh, "--rank": rank, "--memory-limit": memory_limit, "--update": update}
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{option}: says something about a placement, which --parallel names")
+    batch = _batch(batch, default=1)
     graph = capture_network(
         network, batch=batch, classes=classes, channels=channels, size=image_size, settings=settings or []
     )
@@ -52,6 +85,32 @@ def inspect_command(
         print(json.dumps({**dataclasses.asdict(graph), "totals": totals}, ensure_ascii=False))
         return
     _print_graph(graph)
+    if plot is not None:
+        print(f"drawn: {plot}")
+
+
+def _batch(batch: int | None, *, default: int) -> int:
+    return default if batch is None else batch
+
+
+def _inspect_placement(
+    module: nn.Module, input_shape: tuple[int, ...], asked: Asked, *, network: str, num_classes: int,
+    json_output: bool, plot: Path | None,
+) -> None:  # fmt: skip
+    if plot is not None:
+        from windlass.report.placement_picture import check_placement_picture
+
+        check_placement_picture(plot, workers=num_workers(asked))
+    found = find(module, input_shape, asked, network=network, num_classes=num_classes)
+    if plot is not None:
+        from windlass.report.placement_picture import draw_placement
+
+        title = f"{network}, {asked.parallel}, {input_shape[0]} samples a step"
+        draw_placement(found.derived, plot, title=title)
+    if json_output:
+        print(json.dumps(to_mapping(found, asked), ensure_ascii=False))
+        return
+    print_placement(found, asked, input_shape)
     if plot is not None:
         print(f"drawn: {plot}")
 
@@ -79,6 +138,24 @@ def build_and_capture(
     settings: list[str],
 ) -> tuple[nn.Module, Graph]:
     """Builds and captures a network by name; what is not given is the network's own default."""
+    from windlass.networks.capture import capture
+
+    module, shape, num_classes = build(
+        network, batch=batch, classes=classes, channels=channels, size=size, settings=settings
+    )
+    return module, capture(module, shape, name=network, num_classes=num_classes)
+
+
+def build(
+    network: str,
+    *,
+    batch: int,
+    classes: int | None,
+    channels: int | None,
+    size: int | None,
+    settings: list[str],
+) -> tuple[nn.Module, tuple[int, int, int, int], int]:
+    """Builds a network by name, with the shape of its input and the number of its classes."""
     check_network_name(network)
     if batch < 1:
         raise ConfigError(f"--batch: needs a number of at least 1, got {batch}")
@@ -97,10 +174,9 @@ def build_and_capture(
     side = size or (entry.default_size if entry else 32)
 
     from windlass.networks import build_network
-    from windlass.networks.capture import capture
 
     module = build_network(network, num_classes=num_classes, in_channels=in_channels, image_size=side, **arguments)
-    return module, capture(module, (batch, in_channels, side, side), name=network, num_classes=num_classes)
+    return module, (batch, in_channels, side, side), num_classes
 
 
 Column = tuple[str, Callable[[Layer], str]]

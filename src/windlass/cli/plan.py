@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from windlass.cli.levers import ACCUMULATE_HELP, MESH_HELP, PARALLEL_HELP, RECOMPUTE_HELP, given_levers
 from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP, TuningBar, keep_memory_as_in_training
 from windlass.config import DEFAULT_TUNE, assignment, config_from_layers, join
 from windlass.runs.files import to_yaml, write_atomically
@@ -19,6 +20,10 @@ def plan_command(
     data: Annotated[str, typer.Option(help="The data source that the network will be trained on.")] = "digits",
     workers: Annotated[int, typer.Option(help="Ranks that share every batch.")] = 1,
     batch: Annotated[int, typer.Option(help="Global batch.")] = 64,
+    parallel: Annotated[str | None, typer.Option(help=PARALLEL_HELP)] = None,
+    mesh: Annotated[str | None, typer.Option(help=MESH_HELP)] = None,
+    accumulate: Annotated[int | None, typer.Option(help=ACCUMULATE_HELP)] = None,
+    recompute: Annotated[str | None, typer.Option(help=RECOMPUTE_HELP)] = None,
     tune: Annotated[str, typer.Option(help=TUNE_HELP)] = DEFAULT_TUNE,
     accuracy: Annotated[str, typer.Option(help=ACCURACY_HELP)] = "standard",
     workspace_mb: Annotated[int, typer.Option(help=WORKSPACE_HELP)] = 64,
@@ -35,6 +40,7 @@ def plan_command(
         "tune": tune,
         "accuracy": accuracy,
         "workspace_mb": workspace_mb,
+        **given_levers(parallel=parallel, mesh=mesh, accumulate=accumulate, recompute=recompute),
     }
     config = config_from_layers([join([given, *map(assignment, settings or [])])])
 
@@ -45,17 +51,19 @@ def plan_command(
 
     from windlass.data import open_dataset
     from windlass.engine.launch import threads_per_rank
-    from windlass.prepare import captured, image_size, network_for, plan_for
+    from windlass.engine.world import LocalWorld
+    from windlass.prepare import capture_step, image_size, network_for, plan_for
 
     dataset = open_dataset(config.data.source, holdout=config.data.holdout)
     size = image_size(config, dataset)
     module = network_for(config, dataset, size)
-    graph = captured(config, module, channels=dataset.image_shape[0], size=size, num_classes=dataset.num_classes)
+    shape = (dataset.image_shape[0], size, size)
+    graph, plain = capture_step(config, module, LocalWorld(), shape=shape, num_classes=dataset.num_classes)
     threads = config.threads or threads_per_rank(config.workers)
     torch.set_num_threads(threads)
     with TuningBar() as bar:
         steps = config.epochs * -(-len(dataset.train) // config.batch)
-        chosen = plan_for(config, graph, module, steps=steps, threads=threads, on_event=bar.handle)
+        chosen = plan_for(config, graph, module, plain=plain, steps=steps, threads=threads, on_event=bar.handle)
     mapping = chosen.to_mapping()
     text = json.dumps(mapping, indent=1, ensure_ascii=False) + "\n" if json_output else to_yaml(mapping)
     if out is None:

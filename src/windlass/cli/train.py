@@ -8,6 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from windlass.cli.levers import (
+    ACCUMULATE_HELP,
+    BATCH_HELP,
+    MESH_HELP,
+    PARALLEL_HELP,
+    RECOMPUTE_HELP,
+    batches,
+    given_levers,
+)
 from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP
 from windlass.config import assignment, config_file, join
 from windlass.display import make_display
@@ -23,13 +32,23 @@ def train_command(
     network_option: Annotated[str | None, typer.Option("--network", help="The same as the argument.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="digits, mnist:PATH, fashion-mnist:PATH, cifar10:PATH, folder:PATH, synthetic[:CxHxW]."),
+        typer.Option(
+            help="digits, mnist:PATH, fashion-mnist:PATH, cifar10:PATH, folder:PATH, synthetic[:CxHxW], "
+            "patches[:SOURCE:HxW]."
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Ranks that share every batch.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Global batch: samples of a step over all workers.")] = None,
+    batch: Annotated[str | None, typer.Option(help=BATCH_HELP)] = None,
+    parallel: Annotated[str | None, typer.Option(help=PARALLEL_HELP)] = None,
+    mesh: Annotated[str | None, typer.Option(help=MESH_HELP)] = None,
+    accumulate: Annotated[int | None, typer.Option(help=ACCUMULATE_HELP)] = None,
+    recompute: Annotated[str | None, typer.Option(help=RECOMPUTE_HELP)] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     lr: Annotated[float | None, typer.Option(help="Base learning rate.")] = None,
+    scale_lr: Annotated[
+        str | None, typer.Option(help="The rate follows the batch, from update.base_batch: linear, sqrt or none.")
+    ] = None,
     update: Annotated[
         str | None, typer.Option(help="Update rule: sgd, momentum, nesterov, adagrad, adam, adamw.")
     ] = None,
@@ -40,6 +59,9 @@ def train_command(
     augment: Annotated[str | None, typer.Option(help="E.g. shift:2,flip; none for no augmentation.")] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; default the next free runs/NETWORK-DATA-NNN.")] = None,
     plan: Annotated[str | None, typer.Option(help="Plan file (windlass plan writes one).")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Refuse a run that is predicted to need more a worker, e.g. 500MiB.")
+    ] = None,
     tune: Annotated[str | None, typer.Option(help=TUNE_HELP)] = None,
     accuracy: Annotated[str | None, typer.Option(help=ACCURACY_HELP)] = None,
     workspace_mb: Annotated[int | None, typer.Option(help=WORKSPACE_HELP)] = None,
@@ -64,15 +86,17 @@ def train_command(
         "network": network or network_option,
         "workers": workers,
         "epochs": epochs,
-        "batch": batch,
+        **batches(batch),
+        **given_levers(parallel=parallel, mesh=mesh, accumulate=accumulate, recompute=recompute),
         "seed": seed,
         "out": out,
         "plan": plan,
         "tune": tune,
         "accuracy": accuracy,
         "workspace_mb": workspace_mb,
+        "memory_limit": memory_limit,
         "data": _given({"source": data, "augment": augment}),
-        "update": _given({"name": update, "lr": lr}),
+        "update": _given({"name": update, "lr": lr, "scaling": scale_lr}),
         "schedule": _given({"name": schedule, "warmup_epochs": warmup}),
         "elastic": _given({"enabled": elastic or None, "spares": spares}),
     }

@@ -16,6 +16,7 @@ Legend: N samples, C channels, S rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,9 @@ MAX_KEPT_BYTES = 256 * 2**20
 
 _NORMALISE_BYTES = 512 * 2**10
 """Floats written before they are scaled: few enough to be still in cache."""
+
+Span = Callable[[int], tuple[int, int]]
+"""From the samples of a step over all ranks to the first and the one after the last of this rank's."""
 
 _CROP_STREAM = 0
 """`Augment.apply` numbers its steps from 1."""
@@ -94,6 +98,7 @@ class BatchServer:
         _check_shifts(self.augment, image_size)
         self.batch, self.image_size, self.seed = batch, image_size, seed
         self.rank, self.world_size = rank, world_size
+        self._span: Span | None = None
         self.num_samples = len(split)
         self.num_channels = dataset.image_shape[0]
         self._labels = split.labels
@@ -111,6 +116,15 @@ class BatchServer:
         """Serves another rank, or another number of them, from the next fetch on."""
         _check_numbers(batch=self.batch, image_size=self.image_size, rank=rank, world_size=world_size)
         self.rank, self.world_size = rank, world_size
+        self._span = None
+
+    def divide(self, span: Span) -> None:
+        """Serves, of the so many samples of every step, those that `span` names, whatever rank this is."""
+        self._span = span
+
+    def num_of_step(self, step: int) -> int:
+        """Samples of a step over all ranks; the last step may have fewer."""
+        return min((step + 1) * self.batch, self.num_samples) - step * self.batch
 
     def fetch(self, epoch: int, step: int, *, out: Tensor | None = None) -> Batch:
         """The batch of this rank, a pure function of (epoch, step).
@@ -127,11 +141,18 @@ class BatchServer:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of an epoch of {self.num_steps} steps")
         start, stop = step * self.batch, min((step + 1) * self.batch, self.num_samples)
-        ids = self._order.ids(epoch, *shard(start, stop, rank=self.rank, world_size=self.world_size))
+        first, last = self.own_span(stop - start)
+        ids = self._order.ids(epoch, start + first, start + last)
         x_NCSS = self._pixels(ids, epoch)
         images = torch.empty(x_NCSS.shape, dtype=torch.float32) if out is None else out[: len(ids)]
         self._normalise(x_NCSS, images)
         return Batch(images, torch.from_numpy(self._labels[ids]), stop - start, ids)
+
+    def own_span(self, count: int) -> tuple[int, int]:
+        """Which of so many samples of a step this rank is served: the first, and the one after the last."""
+        if self._span is not None:
+            return self._span(count)
+        return shard(0, count, rank=self.rank, world_size=self.world_size)
 
     def _pixels(self, ids: NDArray[np.int64], epoch: int) -> NDArray[np.uint8]:
         """Gathered, fitted and augmented."""

@@ -67,6 +67,7 @@ class Allreduce:
         self._collectives: Collectives | None = None
         self.traffic = Traffic()
         self._known: dict[tuple[int, Pick], int] = {}
+        self._told = (0, 0)
         refused = [pick.algorithm for _, pick in self._picks.rows if fixed_order and pick.algorithm not in ORDERED]
         if refused:
             raise ConfigError(
@@ -83,6 +84,11 @@ class Allreduce:
     def counted_bytes(self) -> int:
         """What this rank has sent, or written into shared memory, as counted while it did; not by the library."""
         return self._collectives.bytes_sent if self._collectives is not None else 0
+
+    def new_bytes(self) -> tuple[int, int]:
+        """Bytes that this rank has sent since the last call, as counted and as the schedules say."""
+        before, self._told = self._told, (self.counted_bytes, self.traffic.predicted_bytes)
+        return self._told[0] - before[0], self._told[1] - before[1]
 
     def start(self, send: NDArray[Any], receive: NDArray[Any]) -> Request:
         """Starts summing `send` over all ranks into `receive`."""

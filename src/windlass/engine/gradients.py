@@ -12,12 +12,18 @@ every rank, as MPI demands, whatever order autograd takes.  With one bucket, or 
 only cost: everything is copied and summed after the backward pass.
 
 Each rank divides its loss by the *global* batch, so the plain sum is the mean over the batch for any shards.
+
+A step may take several backward passes, one for each micro-batch: all but the last are announced (`hold`), their
+gradients are added up in `own` (`add`), and hooks and sums begin with the last one.
+
+Where parameters are divided among the ranks, not all are summed over the same ranks: a key says which of several sums
+is a parameter's; those of one key share flat tensors, and those of the key ``()`` are one rank's own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -35,7 +41,7 @@ ALIGN = 16
 
 @dataclass
 class FlatGroup:
-    """All trainable parameters of one dtype as one tensor, this rank's gradients and their sum as others."""
+    """All trainable parameters of one dtype and key as one tensor, this rank's gradients and their sum as others."""
 
     parameter: torch.nn.Parameter
     own: torch.Tensor
@@ -43,6 +49,7 @@ class FlatGroup:
     names: list[str]
     parameters: list[torch.nn.Parameter]
     offsets: list[int]
+    key: Hashable = None
 
     def view(self, flat: torch.Tensor, index: int) -> torch.Tensor:
         """The part of `flat` that belongs to parameter `index`, in that parameter's shape and strides."""
@@ -69,16 +76,20 @@ class _Bucket:
     total: torch.Tensor | None = None
 
 
-def flatten_parameters(module: torch.nn.Module, *, alone: bool = True) -> list[FlatGroup]:
-    """Moves the module's trainable parameters into one flat tensor per dtype; each stays a view of its own."""
-    by_dtype: dict[torch.dtype, list[tuple[str, torch.nn.Parameter]]] = {}
+def flatten_parameters(
+    module: torch.nn.Module, *, alone: bool = True, keys: Mapping[str, Hashable] | None = None
+) -> list[FlatGroup]:
+    """Moves the module's trainable parameters into one flat tensor per dtype and key; each stays a view of its own."""
+    groups: dict[tuple[torch.dtype, Hashable], list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
-    return [_flatten(list(reversed(named)), dtype, alone) for dtype, named in by_dtype.items()]
+        if parameter.requires_grad and (keys is None or name in keys):
+            key = None if keys is None else keys[name]
+            groups.setdefault((parameter.dtype, key), []).append((name, parameter))
+    flat = [_flatten(named[::-1], dtype, alone or key == (), key) for (dtype, key), named in groups.items()]
+    return flat if keys is None else flat[::-1]  # of several keys, the one whose gradients come first
 
 
-def _flatten(named: list[tuple[str, torch.nn.Parameter]], dtype: torch.dtype, alone: bool) -> FlatGroup:
+def _flatten(named: list[tuple[str, torch.nn.Parameter]], dtype: torch.dtype, alone: bool, key: Hashable) -> FlatGroup:
     offsets, total = [], 0
     for _, parameter in named:
         offsets.append(total)
@@ -86,7 +97,7 @@ def _flatten(named: list[tuple[str, torch.nn.Parameter]], dtype: torch.dtype, al
     flat = torch.nn.Parameter(torch.zeros(total, dtype=dtype))
     flat.grad = torch.zeros(total, dtype=dtype)
     own = flat.grad if alone else torch.zeros(total, dtype=dtype)
-    group = FlatGroup(flat, own, flat.grad, [name for name, _ in named], [p for _, p in named], offsets)
+    group = FlatGroup(flat, own, flat.grad, [name for name, _ in named], [p for _, p in named], offsets, key)
     with torch.no_grad():
         for index, (_, parameter) in enumerate(named):
             if not _dense(parameter):
@@ -111,16 +122,28 @@ class GradientAverager:
         bucket_bytes: a bucket is closed when it has this many bytes.
         overlap: whether sums start during the backward pass.
         alone: whether there is but one rank, so that a sum needs no memory of its own.
+        keys: which sum is a parameter's, by its name; parameters that it does not name are left alone.  None: all
+            go through `start_sum`.
+        start_sums: starts the sum of a buffer by key; what is of the key ``()`` is not summed.
     """
 
     def __init__(
-        self, module: torch.nn.Module, *, start_sum: StartSum, bucket_bytes: int, overlap: bool, alone: bool
+        self,
+        module: torch.nn.Module,
+        *,
+        start_sum: StartSum,
+        bucket_bytes: int,
+        overlap: bool,
+        alone: bool,
+        keys: Mapping[str, Hashable] | None = None,
+        start_sums: Mapping[Hashable, StartSum] | None = None,
     ) -> None:
-        self.groups = flatten_parameters(module, alone=alone)
-        self._start_sum = start_sum
+        self.groups = flatten_parameters(module, alone=alone, keys=keys)
+        self._start_sums: dict[Hashable, StartSum] = {None: start_sum, **(start_sums or {})}
         self._buckets = [bucket for group in self.groups for bucket in _cut(group, bucket_bytes)]
         self._next = 0
         self._first_start = 0.0
+        self._held = self._added = False
         self._overlap = overlap and len(self._buckets) > 1
         if self._overlap:
             self._add_hooks()
@@ -131,12 +154,24 @@ class GradientAverager:
         return len(self._buckets)
 
     def begin(self) -> None:
-        """Call before the backward pass."""
+        """Call before a step's first backward pass."""
+        self._held = self._added = False
         self._next = 0
         self._first_start = 0.0
         for bucket in self._buckets:
             bucket.missing = set(bucket.members)
             bucket.request = bucket.total = None
+
+    def hold(self) -> None:
+        """The next backward pass is not the step's last: no sum starts with it."""
+        self._held = True
+
+    def add(self) -> None:
+        """Call after such a backward pass: its gradients are added to those before."""
+        for bucket in self._buckets:
+            self._collect(bucket)
+            bucket.missing = set(bucket.members)
+        self._held, self._added = False, True
 
     def finish_backward(self) -> bool:
         """Starts what the backward pass has not started; whether all gradients of this rank are finite."""
@@ -159,7 +194,7 @@ class GradientAverager:
 
     def use(self, start_sum: StartSum) -> None:
         """From now on sums go this way: the ranks have changed."""
-        self._start_sum = start_sum
+        self._start_sums[None] = start_sum
 
     def abandon(self) -> None:
         """Gives up the sums under way; returns when nothing is written into their buffers any more."""
@@ -181,9 +216,14 @@ class GradientAverager:
 
     def _hook(self, bucket: _Bucket, index: int, view: torch.Tensor):  # type: ignore[no-untyped-def]
         def collect(parameter: torch.Tensor) -> None:
+            if self._held:
+                return
             gradient = parameter.grad
             assert gradient is not None
-            view.copy_(gradient)
+            if self._added:
+                view.add_(gradient)
+            else:
+                view.copy_(gradient)
             parameter.grad = None
             bucket.missing.discard(index)
             while self._next < len(self._buckets) and not self._buckets[self._next].missing:
@@ -196,18 +236,21 @@ class GradientAverager:
         return collect
 
     def _collect(self, bucket: _Bucket) -> None:
-        """Copies the gradients that no hook has copied; a parameter that the loss did not reach counts zero."""
+        """Takes the gradients that no hook has taken; a parameter that the loss did not reach counts zero."""
         views, gradients = [], []
         for index in sorted(bucket.missing):
             parameter = bucket.group.parameters[index]
             view = bucket.views[index]
             if parameter.grad is None:
-                view.zero_()
+                if not self._added:
+                    view.zero_()
             else:
                 views.append(view)
                 gradients.append(parameter.grad)
                 parameter.grad = None
-        if views:
+        if views and self._added:
+            torch._foreach_add_(views, gradients)
+        elif views:
             torch._foreach_copy_(views, gradients)
         bucket.missing.clear()
 
@@ -215,9 +258,11 @@ class GradientAverager:
         own = bucket.group.own[bucket.start : bucket.stop]
         # One NaN or infinity makes the sum NaN or infinite; of all such tests this is the cheapest by far.
         bucket.total = own.sum(dtype=torch.float32 if own.dtype.itemsize < 4 else None).float()
+        if bucket.group.key == ():
+            return
         gradient = bucket.group.gradient[bucket.start : bucket.stop]
         self._first_start = self._first_start or time.perf_counter()
-        bucket.request = self._start_sum(own.numpy(), gradient.numpy())
+        bucket.request = self._start_sums[bucket.group.key](own.numpy(), gradient.numpy())
 
 
 def _cut(group: FlatGroup, bucket_bytes: int) -> list[_Bucket]:

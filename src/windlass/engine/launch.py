@@ -35,7 +35,7 @@ ERROR_GRACE_S = 60.0
 """Seconds that ranks have to end, and rank 0 to write its report, after the first has met an error."""
 BYE_GRACE_S = 5.0
 """Seconds that ranks have to end after the last has said bye."""
-LAST_LINES = 40
+LAST_LINES = 60
 """How many of a dead rank's last lines are shown."""
 SILENT_S = 10.0
 """A rank whose signs of life are this much later than the stall limit is stopped or unreachable."""

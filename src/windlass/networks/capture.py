@@ -5,9 +5,10 @@ elements, under the observers of `windlass.networks.recorder`.  Only copies of i
 fake; the module itself, its gradients, running statistics, training flags and the random generators stay as
 they are.
 
-The loss is cross-entropy over the outputs, auxiliary ones weighted by the module's `auxiliary_weight`.  It
-counts in the peak of memory but is no layer.  Plain SGD has no state beyond that; parameters, buffers, the
-input batch and its labels count from the start, gradients from when the backward pass makes them.
+The loss is cross-entropy over the outputs, auxiliary ones weighted by the module's `auxiliary_weight`, or the
+module's own (`windlass.objective`).  It counts in the peak of memory but is no layer.  Plain SGD has no state
+beyond that; parameters, buffers, the input batch and its labels count from the start, gradients from when the
+backward pass makes them.
 
 What capture cannot see: Python-level randomness (stochastic depth by `random`) is frozen as it fell, and
 memory that oneDNN takes for itself is not in the peak (see `windlass.networks.memory`).
@@ -52,17 +53,20 @@ def capture(
     name: str,
     num_classes: int,
     training: bool = True,
+    keep_gradients: bool = True,
 ) -> Graph:
     """Record one step of `module` on a batch of `input_shape` without computing anything.
 
     Args:
         module: a network from images to logits (batch, num_classes), or to a tuple of such whose first is the
-            main one.
+            main one; one with an objective of its own may return any tensors.
         input_shape: shape of the input batch, (N, C, H, W).
         name: what the graph's `network` will say.
         num_classes: number of classes of the labels.
         training: False records a forward pass alone, in evaluation mode: D, ∇D, ∇W and backward work are
         zero.
+        keep_gradients: False lets each gradient of a weight go as soon as it is there, as the trainer does that
+            copies it into a bucket.
 
     Raises:
         ConfigError: the network cannot take this input, does not give logits, or its Python code depends on
@@ -71,6 +75,8 @@ def capture(
     with _left_as_it_is(module), FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
         module.train(training)
         weights = _fake_weights(module, fake_mode)
+        if not keep_gradients:
+            _let_gradients_go(weights)
         dtype = next((t.dtype for t in weights.values() if t.dtype.is_floating_point), torch.float32)
         images = torch.empty(input_shape, dtype=dtype)
         labels = torch.empty(input_shape[0], dtype=torch.int64)
@@ -80,13 +86,16 @@ def capture(
             recorder.live.hold(tensor, during="start")
         with OperationObserver(recorder), torch.set_grad_enabled(training):
             outputs = _forward(module, weights, images, recorder=recorder, name=name)
-            _check_outputs(outputs, name=name, batch=input_shape[0], num_classes=num_classes)
+            own_loss = getattr(module, "own_loss", None)
+            if own_loss is None:
+                _check_outputs(outputs, name=name, batch=input_shape[0], num_classes=num_classes)
             if training:
-                loss = _loss(outputs, labels, recorder=recorder, module=module)
+                recorder.phase = "loss"
+                loss = own_loss(outputs, images) if own_loss else _loss(outputs, labels, module=module)
                 del outputs
                 recorder.phase = "backward"
-                if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                if loss.requires_grad:  # with the fake weights in place, for what runs a second time
+                    functional_call(_Backward(module), {f"module.{key}": t for key, t in weights.items()}, (loss,))
     return Graph(
         network=name,
         input_shape=tuple(input_shape),
@@ -94,7 +103,19 @@ def capture(
         input_bytes=images.untyped_storage().nbytes() + labels.untyped_storage().nbytes(),
         peak_bytes=recorder.live.peak,
         peak_at=recorder.live.peak_at,
+        recomputed_macs=recorder.recomputed_macs,
     )
+
+
+class _Backward(nn.Module):
+    """A module whose forward pass is another one's backward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _forward(
@@ -142,13 +163,21 @@ def _check_outputs(outputs: list[Tensor], *, name: str, batch: int, num_classes:
             raise ConfigError(f"network {name!r} must return logits of shape ({batch}, {num_classes}), got {shape}")
 
 
-def _loss(outputs: list[Tensor], labels: Tensor, *, recorder: Recorder, module: nn.Module) -> Tensor:
-    recorder.phase = "loss"
+def _loss(outputs: list[Tensor], labels: Tensor, *, module: nn.Module) -> Tensor:
     weight = float(getattr(module, "auxiliary_weight", 0.3))
     loss = functional.cross_entropy(outputs[0], labels)
     for output in outputs[1:]:
         loss = loss + weight * functional.cross_entropy(output, labels)
     return loss
+
+
+def _let_go(leaf: Tensor) -> None:
+    leaf.grad = None
+
+
+def _let_gradients_go(weights: dict[str, Tensor]) -> None:
+    for tensor in {id(tensor): tensor for tensor in weights.values() if tensor.requires_grad}.values():
+        tensor.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
 
 
 def _fake_weights(module: nn.Module, fake_mode: FakeTensorMode) -> dict[str, Tensor]:

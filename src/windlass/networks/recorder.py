@@ -14,7 +14,8 @@ Edges follow storages: each storage knows the node that wrote it last.  Views sh
 an in-place operation takes over the storage it writes, so both come out right without further rules.
 
 In the backward pass an operation belongs to the node whose autograd function is running; forward operations
-note the sequence number that autograd has just given out.
+note the sequence number that autograd has just given out.  What a backward pass computes a second time
+(`networks.recompute`) counts as such.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from windlass.networks.macs import multiply_adds
 from windlass.networks.memory import LiveBytes, passing_bytes
+from windlass.networks.recompute import is_recomputing
 from windlass.plan.graph import INPUT
 
 KINDS: dict[str, str] = {
@@ -105,6 +107,7 @@ class Recorder:
         self.nodes: list[Node] = []
         self.live = LiveBytes()
         self.phase = "forward"
+        self.recomputed_macs = 0
         self._paths = {id(child): path for path, child in module.named_modules()}
         self._names: Counter[str] = Counter()
         self._calls: list[nn.Module] = []
@@ -209,6 +212,8 @@ class Recorder:
             node = self._by_sequence.get(current._sequence_nr()) if current is not None else None
             if node is not None:
                 self._at = node.name
+            if is_recomputing():
+                self.recomputed_macs += multiply_adds(operation, args, out)[0]
         during = self.phase if self.phase == "loss" else f"{self._at} {self.phase}".strip()
         self.live.touch(live_before + passing_bytes(operation, args, out), during=during)
         for tensor in tensors_in(out):
@@ -288,7 +293,7 @@ class OperationObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-NO_WORK = frozenset({"_unsafe_view", "alias", "detach", "lift_fresh"})
+NO_WORK = frozenset({"_unsafe_view", "alias", "detach", "empty", "lift_fresh"})
 """Operations that move no data although the dispatcher does not call them views."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from windlass.errors import ConfigError, unknown
 
@@ -33,9 +33,39 @@ UPDATE_RULES: dict[str, RuleEntry] = {
 """Every update rule by name."""
 
 
+def _unscaled(lr: float, weight_decay: float, times: float) -> tuple[float, float]:
+    return lr, weight_decay
+
+
+def _scaled_linearly(lr: float, weight_decay: float, times: float) -> tuple[float, float]:
+    return lr * times, weight_decay
+
+
+def _scaled_by_root(lr: float, weight_decay: float, times: float) -> tuple[float, float]:
+    """One large step forgets as much as so many small ones: (1 - εw)^k = 1 - ε'w' with ε' = √k ε."""
+    scaled_lr = math.sqrt(times) * lr
+    forgotten = -math.expm1(times * math.log1p(-lr * weight_decay)) if lr * weight_decay < 1 else 1.0
+    return scaled_lr, forgotten / scaled_lr if scaled_lr else math.sqrt(times) * weight_decay
+
+
+SCALINGS: dict[str, Callable[[float, float, float], tuple[float, float]]] = {
+    "none": _unscaled,
+    "linear": _scaled_linearly,
+    "sqrt": _scaled_by_root,
+}
+"""How learning rate and weight decay follow the batch: (both at the base batch, k) to both at a batch k times as
+large.  Krizhevsky 2014, section 4: √k keeps the variance of an update, k is what worked."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateRule:
     """An update rule and the hyper-parameters set by hand; None means the rule's own default.
+
+    Attributes:
+        name: one of `UPDATE_RULES`.
+        scaling: how learning rate and weight decay follow the batch, one of `SCALINGS`.
+        base_batch: the batch that they are meant for.
+        lr, momentum, dampening, weight_decay, beta1, beta2, eps, lr_decay: hyper-parameters.
 
     Raises:
         ConfigError: the rule is unknown, or does not have a hyper-parameter that was set, or a value is out of
@@ -54,11 +84,17 @@ class UpdateRule:
     beta2: float | None = None
     eps: float | None = None
     lr_decay: float | None = None
+    scaling: str = "none"
+    base_batch: int = 128
 
     def __post_init__(self) -> None:
         """Refuses what the rule does not have and what is out of range."""
         if self.name not in UPDATE_RULES:
             raise ConfigError(f"update.name: {unknown('update rule', self.name, UPDATE_RULES)}")
+        if self.scaling not in SCALINGS:
+            raise ConfigError(f"update.scaling: {unknown('scaling', self.scaling, SCALINGS)}")
+        if self.base_batch < 1:
+            raise ConfigError(f"update.base_batch: needs a number of at least 1, got {self.base_batch}")
         accepted = UPDATE_RULES[self.name].defaults
         for name, value in self._given().items():
             if name not in accepted:
@@ -71,12 +107,26 @@ class UpdateRule:
                 raise ConfigError(f"update.momentum: nesterov needs a number above 0, got {value}; sgd has none")
 
     def _given(self) -> dict[str, float]:
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}
+        others = ("name", "scaling", "base_batch")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
         return {name: value for name, value in values.items() if value is not None}
 
     def hyper_parameters(self) -> dict[str, float]:
         """The rule's hyper-parameters: what was set by hand, otherwise its defaults."""
         return UPDATE_RULES[self.name].defaults | self._given()
+
+    def for_batch(self, batch: int) -> UpdateRule:
+        """The rule with learning rate and weight decay as they are for this batch.
+
+        Krizhevsky's example, from 128 to 1024:
+
+        >>> rule = UpdateRule(lr=0.01, weight_decay=0.0005, scaling="sqrt").for_batch(1024)
+        >>> round(rule.base_lr, 6), round(rule.hyper_parameters()["weight_decay"], 7)
+        (0.028284, 0.0014142)
+        """
+        given = self.hyper_parameters()
+        lr, decay = SCALINGS[self.scaling](given["lr"], given["weight_decay"], batch / self.base_batch)
+        return replace(self, lr=lr, weight_decay=decay, scaling="none")
 
     @property
     def base_lr(self) -> float:

@@ -46,8 +46,9 @@ def check_memory(needed: Sequence[int], limit_bytes: int, *, placement: str) -> 
 
 
 def predict_all(
-    module: nn.Module, derived: Derived, input_shape: tuple[int, ...], *, network: str = "", num_classes: int = 10
-) -> list[Graph]:
+    module: nn.Module, derived: Derived, input_shape: tuple[int, ...], *, network: str = "", num_classes: int = 10,
+    keep_gradients: bool = True,
+) -> list[Graph]:  # fmt: skip
     """What every worker computes and holds; workers whose parts have the same shapes are predicted once.
 
     Args:
@@ -56,6 +57,7 @@ def predict_all(
         input_shape: of the whole batch.
         network: its name.
         num_classes: of the labels.
+        keep_gradients: see `windlass.parallel.memory.predict`.
     """
     found: dict[object, Graph] = {}
     graphs = []
@@ -63,8 +65,9 @@ def predict_all(
         key = part_shapes(derived, rank)
         if key not in found:
             found[key] = predict(
-                module, derived.placement, input_shape, rank=rank, network=network, num_classes=num_classes
-            )
+                module, derived.placement, input_shape, rank=rank, network=network, num_classes=num_classes,
+                keep_gradients=keep_gradients,
+            )  # fmt: skip
         graphs.append(found[key])
     return graphs
 
@@ -75,7 +78,8 @@ def training_bytes(graph: Graph, derived: Derived, rank: int, *, optimizer_copie
     The step's peak, the worker's own flat gradients, the sums of those that are summed, and the optimizer's state.
 
     Args:
-        graph: what `predict_all` says of the worker.
+        graph: what `predict_all` says of the worker, gradients not kept where buckets are sent during the backward
+            pass.
         derived: of the placement.
         rank: the worker.
         optimizer_copies: tensors that the optimizer keeps for each parameter.

@@ -44,6 +44,7 @@ def predict(
     rank: int = 0,
     network: str = "",
     num_classes: int = 10,
+    keep_gradients: bool = True,
 ) -> Graph:
     """The graph of one worker's part of a step: its layers' work and memories, and its peak.
 
@@ -54,6 +55,8 @@ def predict(
         rank: which worker.
         network: what the graph's `network` will say.
         num_classes: of the labels.
+        keep_gradients: False: gradients of weights go as soon as they are there, into buckets; not so in rounds,
+            where they add up.
 
     Raises:
         ConfigError: the network cannot be divided, or not so.
@@ -66,7 +69,8 @@ def predict(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         placed = PlacedModule(built, traced, derived, NullTransport(placement.mesh, rank))
     shape = local_shape(input_shape, derived.input, placement.mesh, rank)
-    graph = capture(placed, shape, name=network or type(built).__name__, num_classes=num_classes)
+    name = network or type(built).__name__
+    graph = capture(placed, shape, name=name, num_classes=num_classes, keep_gradients=keep_gradients)
     graph = tidy(graph, traced)
     handover = placement.handover
     if handover is None or handover.scheme == "a":

@@ -66,6 +66,7 @@ class Graph:
         input_bytes: bytes of the input batch and its labels.
         peak_bytes: predicted most bytes of tensors alive at once in a step (forward, loss, backward).
         peak_at: the layer or phase where that peak lies.
+        recomputed_macs: multiply-adds that the backward pass makes again, where activations are not kept.
     """
 
     network: str
@@ -74,6 +75,7 @@ class Graph:
     input_bytes: int
     peak_bytes: int
     peak_at: str
+    recomputed_macs: int = 0
 
     @property
     def num_parameters(self) -> int:

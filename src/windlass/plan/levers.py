@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from windlass.errors import ConfigError
+from windlass.errors import ConfigError, unknown
 from windlass.plan.convolution import CONV_ALGORITHMS
+from windlass.plan.mesh import Mesh
 from windlass.plan.pick import ALLREDUCE_NAMES, AUTO, Picks
 
 Value = str | int | bool
@@ -39,8 +40,8 @@ class Lever:
     def refusal(self, value: object) -> str | None:
         """Why `value` is not possible, or None.
 
-        >>> LEVERS["parallel"].refusal("model")
-        "'model' is not a value of it; choose from: data"
+        >>> LEVERS["layout"].refusal("rows")
+        "'rows' is not a value of it; choose from: contiguous, channels_last"
         >>> LEVERS["allreduce"].refusal("library..8KiB,ring")  # None
         """
         if self.grammar is not None and isinstance(value, str) and value not in self.values:
@@ -69,11 +70,34 @@ def spell(value: Value) -> str:
 CONVOLUTIONS: tuple[Value, ...] = ("torch", "auto", *(name for name in CONV_ALGORITHMS if name != "torch"))
 """Values of the lever ``convolution``: an algorithm for every layer that it can compute, or ``auto``."""
 
+PARALLEL: tuple[Value, ...] = ("data", "model", "hybrid", "hybrid:a", "hybrid:b", "hybrid:c", "tiles")
+"""Placements by name; a file holds any other."""
+PLACEMENT_FILES = (".yaml", ".yml")
+"""How the name of a placement's file ends."""
+
+
+def check_parallel(text: str) -> None:
+    """Refuses what is neither a placement's name nor a file's.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if text not in PARALLEL and not text.endswith(PLACEMENT_FILES):
+        names = [str(name) for name in PARALLEL]
+        raise ConfigError(f"{unknown('placement', text, names)}; a file ends in .yaml")
+
+
 LEVERS: dict[str, Lever] = {
     "convolution": Lever("algorithm of every convolution; auto: each layer its own", CONVOLUTIONS, "torch"),
     "number_format": Lever("how numbers are stored and computed", ("float32",), "float32"),
     "layout": Lever("order of a tensor's dimensions in memory", ("contiguous", "channels_last"), "contiguous"),
-    "parallel": Lever("what the workers divide among them", ("data",), "data"),
+    "parallel": Lever("what the workers divide among them; a file holds any placement", PARALLEL, "data",
+                      grammar=check_parallel),
+    "mesh": Lever("the workers in rows, as in node:2,device:4; auto: as the placement says", (AUTO,), AUTO,
+                  grammar=Mesh.parse),
+    "accumulate": Lever("micro-batches of a step, whose gradients add up", (), 1, 1, 1024),
+    "recompute": Lever("activations that the backward pass computes again instead of keeping them", ("none", "blocks"),
+                       "none"),
     "allreduce": Lever(
         "how the workers sum their gradients; by size as in library..8KiB,ring; auto: what is fastest",
         (AUTO, *ALLREDUCE_NAMES), AUTO, grammar=Picks.parse,

@@ -6,21 +6,49 @@ machine at hand, where that is asked for (`tuning.network`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from windlass.plan.graph import Graph
-from windlass.plan.levers import LEVERS
+from windlass.plan.levers import LEVERS, Value
 from windlass.plan.plan import Choice, LayerChoice, Plan
 
 CHANNELS_LAST_FROM = 64
 """Input channels from which a convolution counts as one that gains from channels_last: a rule of thumb."""
 
+MIB = 1 << 20
 
-def choose_plan(graph: Graph, *, workers: int, batch: int) -> Plan:
-    """The plan that the trainer uses for `graph` on `workers` ranks with this global batch."""
+PARALLEL_REASONS = {
+    "data": "{workers} worker(s), each its shard of every batch of {batch}",
+    "model": "asked for: {workers} worker(s), each its channels of every layer",
+    "hybrid": "asked for: {workers} worker(s), each its shard of the batch, and of the head its neurons",
+    "tiles": "asked for: {workers} worker(s), each its rows of every image",
+}
+"""Why the lever ``parallel`` stands where it does."""
+
+
+def choose_plan(
+    graph: Graph, *, workers: int, batch: int, asked: Mapping[str, Value] | None = None, plain: Graph | None = None
+) -> Plan:
+    """The plan that the trainer uses for `graph` on `workers` ranks with this global batch.
+
+    Args:
+        graph: a step of the network on one worker, micro-batches and recomputed blocks as asked for.
+        workers: how many share the batch.
+        batch: samples of a step over all of them.
+        asked: levers that are set by hand.
+        plain: a step without micro-batches and without recomputing, where one of them is asked for.
+    """
+    asked = asked or {}
+    parallel = str(asked.get("parallel", LEVERS["parallel"].default))
+    reason = PARALLEL_REASONS.get(parallel.partition(":")[0], "asked for: the file's placement")
     chosen = {
         "convolution": Choice("torch", "PyTorch's own (oneDNN); tune: model or measure chooses for each layer"),
         "number_format": Choice("float32", "the one number format there is so far"),
         "layout": _layout(graph),
-        "parallel": Choice("data", f"{workers} worker(s), each its shard of every batch of {batch}"),
+        "parallel": Choice(parallel, reason.format(workers=workers, batch=batch)),
+        "mesh": Choice(asked.get("mesh", LEVERS["mesh"].default), "the workers' order is the placement's"),
+        "accumulate": _accumulate(graph, plain, int(asked.get("accumulate", 1))),
+        "recompute": _recompute(graph, plain, str(asked.get("recompute", "none"))),
         "allreduce": Choice("auto", "by size: what windlass tune cluster has measured, else rules of thumb"),
         "fixed_order": Choice(False, "the schedules' own orders are faster"),
         "bucket_bytes": Choice(LEVERS["bucket_bytes"].default, "large enough to hide a message's latency"),
@@ -36,6 +64,27 @@ def choose_plan(graph: Graph, *, workers: int, batch: int) -> Plan:
         levers=chosen,
         layers=tuple(LayerChoice(layer.name, layer.kind, "torch") for layer in convolutions),
     )
+
+
+def _accumulate(graph: Graph, plain: Graph | None, parts: int) -> Choice:
+    if parts == 1 or plain is None:
+        return Choice(parts, "a worker's share of the batch fits in one piece")
+    return Choice(parts, f"asked for: {parts} micro-batches of {graph.input_shape[0]} samples: {_kept(graph, plain)}")
+
+
+def _recompute(graph: Graph, plain: Graph | None, value: str) -> Choice:
+    if value == "none" or plain is None:
+        return Choice(value, "every activation is kept: no layer is computed twice")
+    macs = graph.forward_macs + graph.backward_macs
+    more = 100 * graph.recomputed_macs / max(macs, 1)
+    return Choice(value, f"asked for: {_kept(graph, plain)}, for {more:.0f} % more multiply-adds")
+
+
+def _kept(graph: Graph, plain: Graph) -> str:
+    """What one step keeps and needs, and what it would without."""
+    kept, kept_plain = (f"{found.memories()['D'] / MIB:.1f}" for found in (graph, plain))
+    peak, peak_plain = (f"{found.peak_bytes / MIB:.1f}" for found in (graph, plain))
+    return f"D {kept} MiB instead of {kept_plain}, peak {peak} MiB instead of {peak_plain}"
 
 
 def _layout(graph: Graph) -> Choice:
