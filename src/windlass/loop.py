@@ -27,7 +27,7 @@ from windlass.engine.keyed import KeyedSums
 from windlass.engine.prefetch import prefetch
 from windlass.engine.timing import StepTimer
 from windlass.engine.watch import StopRequest
-from windlass.engine.world import RankLost, named_loss, sum_over
+from windlass.engine.world import RankLost, crosses_hosts, named_loss, sum_over
 from windlass.errors import DataError, NonFiniteError, StoppedError, WindlassError, WriteError
 from windlass.objective import accuracy_of, loss_of
 from windlass.optim.build import build_optimizer, set_learning_rate
@@ -107,6 +107,7 @@ class Trainer:
             alone=self._is_alone(),
             bucket_bytes=int(plan.value("bucket_bytes")),
             overlap=bool(plan.value("overlap")),
+            background=crosses_hosts(self.world) and not self.config.elastic.enabled,
         )
 
     def run(self) -> Summary:

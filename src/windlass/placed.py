@@ -18,7 +18,7 @@ from windlass.backend.options import Options
 from windlass.data.serving import Batch, BatchServer
 from windlass.engine.gradients import FlatGroup, GradientAverager
 from windlass.engine.keyed import Axes, KeyedSums
-from windlass.engine.world import MpiWorld
+from windlass.engine.world import MpiWorld, crosses_hosts
 from windlass.errors import ConfigError, DataError
 from windlass.loop import Trainer
 from windlass.objective import has_own_loss
@@ -120,6 +120,7 @@ class PlacedTrainer(Trainer):
             alone=False,
             bucket_bytes=int(self.prepared.plan.value("bucket_bytes")),
             overlap=overlap,
+            background=crosses_hosts(self.world),
             keys=keys,
             start_sums=self.allreduce.start_sums,
         )

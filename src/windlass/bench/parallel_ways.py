@@ -23,7 +23,7 @@ from torch.nn import functional
 from windlass.bench.exposed import Clock, TimedTransport, timed
 from windlass.engine.allreduce import Allreduce
 from windlass.engine.gradients import GradientAverager
-from windlass.engine.world import World
+from windlass.engine.world import World, crosses_hosts
 from windlass.objective import has_own_loss, loss_of, main_output
 from windlass.optim.build import build_optimizer
 from windlass.optim.rules import UpdateRule
@@ -121,6 +121,7 @@ class _Summed(Way):
         self.sums = {key: Allreduce(setting.world, AUTO, choose=chooser) for key in used}
         self.averager = GradientAverager(
             module, start_sum=setting.world.start_sum, bucket_bytes=BUCKET_BYTES, overlap=overlap, alone=False,
+            background=crosses_hosts(setting.world),
             keys=keys, start_sums={key: timed(allreduce.start, clock) for key, allreduce in self.sums.items()},
         )  # fmt: skip
         self.optimizer = build_optimizer(RULE, [group.parameter for group in self.averager.groups])

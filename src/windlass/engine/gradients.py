@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
 
 from windlass.engine.allreduce import StartSum
+from windlass.engine.mover import Mover
 from windlass.engine.world import RankLost, Request, losses_named
 
 ABANDON_S = 5e-3
@@ -125,6 +126,7 @@ class GradientAverager:
         keys: which sum is a parameter's, by its name; parameters that it does not name are left alone.  None: all
             go through `start_sum`.
         start_sums: starts the sum of a buffer by key; what is of the key ``()`` is not summed.
+        background: a thread moves sums on during the backward pass (`engine.mover`); MPI must allow threads.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class GradientAverager:
         alone: bool,
         keys: Mapping[str, Hashable] | None = None,
         start_sums: Mapping[Hashable, StartSum] | None = None,
+        background: bool = False,
     ) -> None:
         self.groups = flatten_parameters(module, alone=alone, keys=keys)
         self._start_sums: dict[Hashable, StartSum] = {None: start_sum, **(start_sums or {})}
@@ -145,6 +148,7 @@ class GradientAverager:
         self._first_start = 0.0
         self._held = self._added = False
         self._overlap = overlap and len(self._buckets) > 1
+        self._mover = Mover(self._move) if background and self._overlap else None
         if self._overlap:
             self._add_hooks()
 
@@ -188,6 +192,8 @@ class GradientAverager:
 
     def wait(self) -> None:
         """Returns when every flat gradient holds the sum over all ranks."""
+        if self._mover is not None:
+            self._mover.end()
         for bucket in self._buckets:
             if bucket.request is not None:
                 bucket.request.wait()
@@ -198,6 +204,8 @@ class GradientAverager:
 
     def abandon(self) -> None:
         """Gives up the sums under way; returns when nothing is written into their buffers any more."""
+        if self._mover is not None:
+            self._mover.end()
         deadline = time.monotonic() + ABANDON_S
         for bucket in self._buckets:
             with suppress(RankLost), losses_named("an allreduce"):
@@ -229,11 +237,18 @@ class GradientAverager:
             while self._next < len(self._buckets) and not self._buckets[self._next].missing:
                 self._start(self._buckets[self._next])
                 self._next += 1
-            for earlier in self._buckets[: self._next]:
-                if earlier.request is not None:
-                    earlier.request.test()  # Open MPI moves messages only when it is called
+            if self._mover is None:
+                self._move()
+            elif self._next:
+                self._mover.begin()
 
         return collect
+
+    def _move(self) -> None:
+        """Open MPI moves messages only when it is called."""
+        for bucket in self._buckets[: self._next]:
+            if bucket.request is not None:
+                bucket.request.test()
 
     def _collect(self, bucket: _Bucket) -> None:
         """Takes the gradients that no hook has taken; a parameter that the loss did not reach counts zero."""
@@ -262,7 +277,8 @@ class GradientAverager:
             return
         gradient = bucket.group.gradient[bucket.start : bucket.stop]
         self._first_start = self._first_start or time.perf_counter()
-        bucket.request = self._start_sums[bucket.group.key](own.numpy(), gradient.numpy())
+        with self._mover.lock if self._mover is not None else nullcontext():
+            bucket.request = self._start_sums[bucket.group.key](own.numpy(), gradient.numpy())
 
 
 def _cut(group: FlatGroup, bucket_bytes: int) -> list[_Bucket]:

@@ -97,8 +97,8 @@ def find_mpiexec() -> str:
 
 def mpiexec_command(num_ranks: int, program: Sequence[str], *, elastic: bool = False) -> list[str]:
     """The command that starts `program` on so many ranks of this host."""
-    # mpi4py.run ends every rank when one raises; only the main thread of a rank speaks MPI.
-    rank = [sys.executable, "-m", "mpi4py", "-rc", "thread_level='funneled'", *program]
+    # mpi4py.run ends every rank when one raises.
+    rank = [sys.executable, "-m", "mpi4py", *program]
     return [find_mpiexec(), *(fault_options() if elastic else ()), *mpiexec_options(num_ranks), *rank]
 
 

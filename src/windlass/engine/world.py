@@ -104,6 +104,11 @@ class World(Protocol):
         """Ends every rank at once with this exit status."""
 
 
+def crosses_hosts(world: World) -> bool:
+    """Whether some of the ranks are on other hosts."""
+    return world.local_size < world.size
+
+
 def sum_over(world: World, values: list[float]) -> list[float]:
     """Sums a few numbers over all ranks."""
     return [float(value) for value in sum_array(world, np.array(values, dtype=np.float64))]
@@ -196,9 +201,6 @@ class MpiWorld:
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, *, hosts: list[str] | None = None) -> None:
-        import mpi4py
-
-        mpi4py.rc.thread_level = "funneled"  # only the main thread speaks MPI
         from mpi4py import MPI
 
         self.comm: MPI.Intracomm = MPI.COMM_WORLD if comm is None else comm
