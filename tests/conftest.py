@@ -16,7 +16,7 @@ import pytest
 
 TIMEOUT_S = 120
 
-collect_ignore = ["backend/programs"]
+collect_ignore = ["backend/programs", "parallel/programs"]
 """Programs of ranks, which import MPI; tests start them."""
 
 
