@@ -10,7 +10,7 @@ from windlass.plan.plan import Plan
 from windlass.train import Result, train
 
 if TYPE_CHECKING:
-    from windlass import backend, functional, layers
+    from windlass import backend, functional, layers, parallel, precision
     from windlass.tuning.accelerate import accelerate
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "functional",
     "keep_freed_memory",
     "layers",
+    "parallel",
+    "precision",
     "train",
 ]
 
@@ -34,7 +36,7 @@ def __getattr__(name: str) -> object:
         from windlass.tuning.accelerate import accelerate
 
         return accelerate
-    if name in ("backend", "functional", "layers"):
+    if name in ("backend", "functional", "layers", "parallel", "precision"):
         return import_module(f"windlass.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
