@@ -97,6 +97,7 @@ def test_the_predicted_memory_is_what_a_step_holds(tmp_path: Path, accumulate: i
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_two_workers_in_micro_batches_give_the_losses_of_one(windlass: Windlass, tmp_path: Path) -> None:
     """Tolerance as above; the plan's reason and the memory line of a dry run say what it changes."""
     out = [tmp_path / name for name in ("one", "two")]

@@ -66,7 +66,10 @@ def check_same(found: Path, reference: Path) -> None:
     assert [row["images"] for row in steps_of(found)] == [row["images"] for row in steps_of(reference)]
 
 
-@pytest.mark.parametrize("placement", ["model", "hybrid", "tiles"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("placement", [pytest.param("model", marks=SLOW), "hybrid", pytest.param("tiles", marks=SLOW)])
 def test_two_workers_give_the_losses_of_one_and_go_on_anywhere(
     windlass: Windlass, tmp_path: Path, lenet: Path, placement: str
 ) -> None:
@@ -79,6 +82,7 @@ def test_two_workers_give_the_losses_of_one_and_go_on_anywhere(
     assert losses_of(moved) == pytest.approx(straight, rel=1e-4)
 
 
+@SLOW
 def test_a_checkpoint_of_one_worker_goes_on_under_a_placement(windlass: Windlass, tmp_path: Path) -> None:
     """Adam's counters and moments too; and every tensor in the checkpoint is whole."""
     every = ("--update", "adam", "--lr", "0.002", "--set", "checkpoint.every_steps=10")
@@ -104,6 +108,7 @@ def test_every_placement_and_scheme_agrees(
     check_same(run(windlass, tmp_path / "out", *ALEXNET, "--workers", workers, "--parallel", placement), alexnet)
 
 
+@SLOW
 def test_tiers_agree(windlass: Windlass, tmp_path: Path, alexnet: Path) -> None:
     tiers = ("--workers", "4", "--mesh", "node:2,device:2", "--parallel", "hybrid")
     check_same(run(windlass, tmp_path / "tiers", *ALEXNET, *tiers), alexnet)

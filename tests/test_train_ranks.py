@@ -100,7 +100,9 @@ def resumed_from(folder: Path, name: str, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("step", ["step-00000007", "step-00000023", "step-00000028"])
+@pytest.mark.parametrize(
+    "step", ["step-00000007", "step-00000023", pytest.param("step-00000028", marks=pytest.mark.slow)]
+)
 def test_resume_is_exact_to_the_bit(windlass: Windlass, tmp_path: Path, step: str) -> None:
     """Inside the first epoch, at its end, inside the second: losses and test metrics as in the straight run."""
     (tmp_path / "net.py").write_text(NETWORK)

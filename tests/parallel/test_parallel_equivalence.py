@@ -18,7 +18,7 @@ DEEP = ("googlenet", "resnet18")
 @pytest.mark.parametrize(
     ("num_ranks", "backend", "nets"),
     [
-        (1, "windlass", (*SMALL, *DEEP)),
+        pytest.param(1, "windlass", (*SMALL, *DEEP), marks=pytest.mark.slow),
         (2, "windlass", (*SMALL, *DEEP)),
         (2, "gloo", ("lenet5", "alexnet")),
         (3, "gloo", SMALL),
