@@ -164,7 +164,7 @@ def test_the_variable_batch_is_the_loop_written_out(windlass: Windlass, tmp_path
 
 
 REFUSED: list[tuple[tuple[str, ...], str]] = [
-    (("resnet18", "--parallel", "mine.yaml"), "placement mine.yaml: mesh: all:2 has 2 workers, the run 3 workers"),
+    (("resnet18", "--parallel", "mine.yaml"), "placement mine.yaml: mesh: all:2 has 2 workers, but the run has 3"),
     (("lenet5", "--parallel", "hybrid:a", "--batch", "64,32"), "head_batch: parallel hybrid:a updates all weights at"),
     (("alexnet", "--parallel", "hybrid:b", "--batch", "60,20"), "--batch 60,20"),
     (("lenet5", "--parallel", "none.yaml"), "placement none.yaml: no such file"),

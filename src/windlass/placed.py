@@ -15,6 +15,7 @@ import torch
 from torch import distributed, nn
 
 from windlass.backend.options import Options
+from windlass.backend.register import backend_for
 from windlass.data.serving import Batch, BatchServer
 from windlass.engine.gradients import FlatGroup, GradientAverager
 from windlass.engine.keyed import Axes, KeyedSums
@@ -48,8 +49,6 @@ from windlass.state import (
 
 ROUNDS = ("b", "c")
 """Schemes of a handover that take rounds."""
-
-
 PHASES = ("forward", "backward")
 """Phases of a step in which tensors travel between layers."""
 
@@ -86,7 +85,8 @@ class PlacedTrainer(Trainer):
         prepared, plan, world = self.prepared, self.prepared.plan, self.world
         assert isinstance(world, MpiWorld) and prepared.placement is not None
         if not distributed.is_initialized():
-            distributed.init_process_group("windlass", pg_options=Options())
+            backend = backend_for(next(prepared.module.parameters()).device.type)
+            distributed.init_process_group(backend, pg_options=Options() if backend == "windlass" else None)
         if prepared.checkpoint is None:
             give_weights(prepared.module.parameters(), world)
         placement = prepared.placement

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from windlass.check.placement import check_placement
-from windlass.config import TrainConfig, read_yaml
+from windlass.config import TrainConfig
 from windlass.errors import ConfigError
-from windlass.parallel.apply import resolve
-from windlass.parallel.trace import trace
+from windlass.parallel.find import named_placement
+from windlass.parallel.trace import Traced, trace
+from windlass.plan.derive import derive
 from windlass.plan.handover import variable_batch
-from windlass.plan.levers import PARALLEL
+from windlass.plan.head import handover_axis
 from windlass.plan.mesh import Mesh
 from windlass.plan.pick import AUTO
-from windlass.plan.placement import Placement, placement_from_mapping
+from windlass.plan.placement import Placement
 from windlass.prepare import Prepared
 
 
@@ -32,31 +32,32 @@ def find_placement(prepared: Prepared) -> Placement:
     """
     config = prepared.job.config
     traced = trace(prepared.module, global_shape(prepared))
-    if config.parallel in PARALLEL:
-        mesh = None if config.mesh == AUTO else Mesh.parse(config.mesh)
-        found = resolve(config.parallel, traced, config.workers, mesh=mesh)
-    else:
-        where = f"placement {config.parallel}"
-        found = placement_from_mapping(read_yaml(Path(config.parallel), "placement"), where=where)
-        if found.mesh.size != config.workers or config.mesh not in (AUTO, str(found.mesh)):
-            asked = f"{config.workers} workers" + ("" if config.mesh == AUTO else f" as {config.mesh}")
-            raise ConfigError(f"{where}: mesh: {found.mesh} has {found.mesh.size} workers, the run {asked}")
-    found = _with_head_batch(found, config)
-    check_placement(traced.ops, found)
+    mesh = None if config.mesh == AUTO else Mesh.parse(config.mesh)
+    found = named_placement(config.parallel, traced.ops, workers=config.workers, mesh=mesh)
+    where = f"placement {config.parallel}"
+    check_placement(traced.ops, found, workers=config.workers, outputs=traced.outputs, where=where)
+    if not config.head_batch or config.head_batch == config.batch:
+        return found
+    members = found.mesh.extent(_handover_axis(found, traced, config))
+    found = _with_head_batch(found, config, members)
+    check_placement(traced.ops, found, outputs=traced.outputs, where=where)
     return found
 
 
-def _with_head_batch(placement: Placement, config: TrainConfig) -> Placement:
-    if not config.head_batch or config.head_batch == config.batch:
-        return placement
-    given = placement.handover
-    if given is None:
+def _handover_axis(placement: Placement, traced: Traced, config: TrainConfig) -> int:
+    """The axis over which the batch is handed over to the head."""
+    if placement.handover is None:
         raise ConfigError(f"head_batch: placement {config.parallel} has no handover, so no head to update by itself")
+    derived = derive(traced.ops, placement, outputs=traced.outputs)
+    first = derived.placed(placement.handover.before)
+    axis = handover_axis(derived.layout_of(first.op.inputs[0]), first.needs[0])
+    return len(placement.mesh.axes) - 1 if axis is None else axis
+
+
+def _with_head_batch(placement: Placement, config: TrainConfig, members: int) -> Placement:
+    given = placement.handover
+    assert given is not None
     handover = variable_batch(
-        given.scheme,
-        given.before,
-        batch=config.batch,
-        head_batch=config.head_batch,
-        members=placement.mesh.shape[-1],
+        given.scheme, given.before, batch=config.batch, head_batch=config.head_batch, members=members
     )
     return replace(placement, handover=handover)

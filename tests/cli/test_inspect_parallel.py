@@ -140,7 +140,7 @@ def test_refusals_are_one_line(arguments: list[str], message: str, capsys: pytes
 def test_a_file_that_is_no_placement_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "p.yaml"
     for text, message in (
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("[1]", "needs a mapping"),
         ("mesh: a:2\nlayers: {c1: [aut]}", "aut"),
     ):

@@ -55,7 +55,7 @@ def inspect_command(
 ) -> None:
     """Print a network's layers: shapes, parameters, multiply-adds, and the four memories of training."""
     if parallel is not None:
-        asked = Asked(parallel, workers or 0, mesh, rank or 0, memory_limit, update or "momentum")
+        asked = Asked(parallel, workers, mesh, rank or 0, memory_limit, update or "momentum")
         size = _batch(batch, default=BATCH_OF_WORKER * num_workers(asked))
         module, shape, num_classes = build(
             network, batch=size, classes=classes, channels=channels, size=image_size, settings=settings or []

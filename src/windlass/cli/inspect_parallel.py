@@ -43,7 +43,7 @@ class Asked:
 
     Attributes:
         parallel: a placement's name or file.
-        workers: how many; 0: the mesh's, or 2.
+        workers: how many; None: the mesh's, or 2.
         mesh: its text.
         rank: whose layers are shown.
         memory_limit: a size, or None.
@@ -51,7 +51,7 @@ class Asked:
     """
 
     parallel: str
-    workers: int
+    workers: int | None
     mesh: str | None
     rank: int
     memory_limit: str | None
@@ -102,7 +102,7 @@ def num_workers(asked: Asked) -> int:
         ConfigError: names the option.
     """
     mesh = Mesh.parse(asked.mesh) if asked.mesh is not None else None
-    if asked.workers < 0:
+    if asked.workers is not None and asked.workers < 1:
         raise ConfigError(f"--workers: needs a number of at least 1, got {asked.workers}")
     workers = asked.workers or (mesh.size if mesh is not None else 0) or _workers_of_file(asked.parallel) or 2
     if not 0 <= asked.rank < workers:
@@ -110,6 +110,13 @@ def num_workers(asked: Asked) -> int:
     if asked.update not in UPDATE_RULES:
         raise ConfigError(f"--update: {unknown('update rule', asked.update, UPDATE_RULES)}")
     return workers
+
+
+def _limit(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"--memory-limit: {error}") from None
 
 
 def _workers_of_file(parallel: str) -> int:
@@ -144,7 +151,7 @@ def find(module: nn.Module, input_shape: tuple[int, ...], asked: Asked, *, netwo
     copies = OPTIMIZER_COPIES[UPDATE_RULES[asked.update].torch_class]
     needed = [training_bytes(graph, derived, rank, optimizer_copies=copies) for rank, graph in enumerate(leaving)]
     if asked.memory_limit is not None:
-        check_memory(needed, parse_bytes(asked.memory_limit), placement=asked.parallel)
+        check_memory(needed, _limit(asked.memory_limit), placement=asked.parallel)
     return Found(derived, graphs, [derived.traffic(rank) for rank in range(workers)], needed)
 
 

@@ -9,13 +9,13 @@ import torch.distributed
 from torch import nn
 
 from windlass.check.placement import check_placement
+from windlass.parallel.find import named_placement
 from windlass.parallel.placed import PlacedModule
 from windlass.parallel.trace import Traced, trace
 from windlass.parallel.transport import TorchTransport, Transport
 from windlass.plan.derive import derive
 from windlass.plan.mesh import Mesh
 from windlass.plan.placement import Placement, placement_from_mapping
-from windlass.plan.placements import by_name
 
 dist: Any = torch.distributed
 
@@ -35,7 +35,8 @@ def apply(
 
     Args:
         model: a network from images to logits; it is left as it is and can be let go.
-        placement: a `Placement`, its mapping, or a name: ``data``, ``model``, ``hybrid``, ``hybrid:b``, ``tiles``, ….
+        placement: a `Placement`, its mapping, a name (``data``, ``model``, ``hybrid``, ``hybrid:b``, ``tiles``, …) or a
+            YAML file's.
         input_shape: of the whole batch, all workers' together; later batches may have another size.
         mesh: the workers, for a placement by name; None: all along one axis.
         transport: the way to the others; None: ``torch.distributed``.
@@ -57,5 +58,5 @@ def resolve(
 ) -> Placement:
     """The placement that is meant, for so many workers."""
     if isinstance(placement, str):
-        return by_name(placement, traced.ops, workers, mesh=mesh)
+        return named_placement(placement, traced.ops, workers=workers, mesh=mesh)
     return placement if isinstance(placement, Placement) else placement_from_mapping(placement)

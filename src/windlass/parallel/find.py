@@ -30,14 +30,23 @@ def find_placement(
     Raises:
         ConfigError: it cannot be read, or does not fit.
     """
-    check_parallel(text)
-    if text.endswith(PLACEMENT_FILES):
-        if mesh is not None:
-            raise ConfigError(f"--mesh {mesh}: the placement {text} has a mesh of its own")
-        placement = read_placement(Path(text))
-    else:
-        placement = by_name(text, ops, workers, mesh=mesh)
+    placement = named_placement(text, ops, workers=workers, mesh=mesh)
     check_placement(ops, placement, workers=workers, outputs=outputs, where=text)
+    return placement
+
+
+def named_placement(text: str, ops: Sequence[Op], *, workers: int, mesh: Mesh | None = None) -> Placement:
+    """The same, not yet checked against the network.
+
+    Raises:
+        ConfigError: there is no such name, or the file cannot be read.
+    """
+    check_parallel(text)
+    if not text.endswith(PLACEMENT_FILES):
+        return by_name(text, ops, workers, mesh=mesh)
+    placement = read_placement(Path(text))
+    if mesh not in (None, placement.mesh):
+        raise ConfigError(f"--mesh {mesh}: the placement {text} has a mesh of its own, {placement.mesh}")
     return placement
 
 
@@ -47,10 +56,13 @@ def read_placement(path: Path) -> Placement:
     Raises:
         ConfigError: it cannot be read or is no placement.
     """
+    where = f"placement {path}"
     try:
         mapping = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such file") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
-    return placement_from_mapping(mapping, where=str(path))
+        raise ConfigError(f"{where}: is not YAML: {' '.join(str(error).split())}") from None
+    return placement_from_mapping(mapping, where=where)
