@@ -126,7 +126,7 @@ def test_of_many_workers_those_that_need_most_are_named() -> None:
         (["--parallel", "data", "--mesh", "node"], "a mesh is written as node:2,device:4, got 'node'"),
         (["--parallel", "data", "--mesh", "node:2,device:2", "--workers", "2"], "has 4 workers"),
         (["--parallel", "data", "--batch", "1"], "batch"),
-        (["--parallel", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--parallel", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--parallel", "data", "--memory-limit", "much"], "a size is written like"),
         (["--parallel", "data", "--plot", "p.doc"], "--plot p.doc: needs a name that ends in"),
     ],
