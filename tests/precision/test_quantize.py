@@ -104,6 +104,31 @@ def test_threads_do_not_change_bits(size: int) -> None:
     assert same(found[0], found[1]) and same(found[0], found[2])
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (3, 16, 9, 4), (5, 129), (2, 3, 211, 97), (3, 33001)])
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_parts_have_the_bits_of_the_whole(shape: tuple[int, ...], rounding: str) -> None:
+    """Each part with the number of elements before it, whatever the memory format and the number of threads."""
+    x = torch.randn(shape) * 4
+    sample = x[0].numel()
+    formats = [torch.contiguous_format, *([torch.channels_last] if x.dim() == 4 else [])]
+    for place in formats:
+        y = x.contiguous(memory_format=place)
+        whole = quantize(y, NUMBER, rounding, Key(4, 1, 9))  # type: ignore[arg-type]
+        for part in range(1, shape[0]):
+            torch.set_num_threads(part % 2 + 1)
+            low = quantize(y[:part], NUMBER, rounding, Key(4, 1, 9))  # type: ignore[arg-type]
+            high = quantize(y[part:], NUMBER, rounding, Key(4, 1, 9), first=part * sample)  # type: ignore[arg-type]
+            assert same(torch.cat([low, high]), whole)
+    moved = quantize(x, NUMBER, rounding, Key(4, 1, 9), first=1)  # type: ignore[arg-type]
+    assert same(moved, whole) == (rounding == "nearest")
+
+
+@pytest.mark.parametrize("first", [-1, 2**62, 1.0, True])
+def test_no_such_position(first: int) -> None:
+    with pytest.raises(ConfigError, match=r"first is the position of an element, .* got"):
+        quantize(torch.zeros(2), NUMBER, first=first)
+
+
 @pytest.mark.parametrize("name", ["<4,12>", "bfloat16"])
 def test_memory_formats_do_not_change_bits(name: str) -> None:
     x = torch.randn(2, 19, 13, 7)
@@ -217,6 +242,9 @@ def test_gradients_go_through() -> None:
     x = torch.tensor([0.3, 20.0], requires_grad=True)
     (quantize(x, NUMBER) * torch.tensor([2.0, 3.0])).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None and x.grad.tolist() == [2.0, 3.0]
+    assert torch.equal(
+        quantize(x, NUMBER, generator=Key(1), first=3), quantize(x.detach(), NUMBER, generator=Key(1), first=3)
+    )
     with torch.no_grad():
         assert not quantize(x, NUMBER).requires_grad
         quantize(x, fixed(8, 4), "nearest", out=x)

@@ -148,3 +148,28 @@ def test_extreme_steps(fl: int, rounding: str) -> None:
         values, _ = rounded(x, target, rounding, halves(WORDS, 0, x.size))
         out, _ = run(x, target, "fixed", rounding, "float32")
         check(out, values, x, "float32")
+
+
+@pytest.mark.parametrize("first", [1, 7, 8, 1001, (1 << 35) - 5, (1 << 40) + 3])
+@pytest.mark.parametrize("size", [5, 1024, 3001, 40007])
+def test_the_first_position_says_which_bits_are_taken(first: int, size: int) -> None:
+    target, form, _ = FORMATS["fixed(16,12)"]
+    x = numbers(size)
+    values, _ = rounded(x, target, "stochastic", halves(WORDS, first, size))
+    for threads in (1, 2):
+        out, _ = run(x, target, form, "stochastic", "float32", first=first, threads=threads)
+        check(out, values, x, "float32")
+    elsewhere, _ = rounded(x, target, "stochastic", halves(WORDS, first + 1, size))
+    assert size < 100 or not np.array_equal(bits(elsewhere), bits(values))  # else the test could not fail
+
+
+@pytest.mark.parametrize("planes", [(3, 5, 35), (2, 3, 40001), (2, 64, 1027), (1, 16, 4000)])
+@pytest.mark.parametrize("first", [3, 8, (1 << 35) - 50])
+def test_the_first_position_of_transposed_memory(planes: tuple[int, int, int], first: int) -> None:
+    target, form, _ = FORMATS["fixed(16,12)"]
+    x = numbers(planes[0] * planes[1] * planes[2]).reshape(planes)
+    values = rounded(x, target, "stochastic", halves(WORDS, first, x.size).reshape(x.shape))[0]
+    lying = np.ascontiguousarray(x.transpose(0, 2, 1)).reshape(-1)
+    expected = np.ascontiguousarray(values.transpose(0, 2, 1)).reshape(-1)
+    out, _ = run(lying, target, form, "stochastic", "float32", planes=planes, first=first, threads=2)
+    check(out, expected, lying, "float32")

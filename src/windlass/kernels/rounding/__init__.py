@@ -1,6 +1,8 @@
 """Kernels that round numbers to 16 bits and fewer: Philox bits, rounding and storage in one pass."""
 
-from windlass.kernels.rounding.passes import round_array
+from windlass.kernels.rounding.flat import TASK
+from windlass.kernels.rounding.passes import Pass, round_array
 from windlass.kernels.rounding.reference import Counts
+from windlass.kernels.rounding.widen import widen_codes
 
-__all__ = ["Counts", "round_array"]
+__all__ = ["TASK", "Counts", "Pass", "round_array", "widen_codes"]

@@ -1,0 +1,107 @@
+"""The pass over an array whose logical order is that of memory.
+
+A task takes a run of neighbours and a piece of random bits that stays in the first cache.  No array comes from Python,
+all are numbers: for one task a call takes half a microsecond.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from windlass.kernels.jit import kernel
+from windlass.kernels.rounding.convert import convert
+from windlass.kernels.rounding.memory import array_at, on_stack
+from windlass.kernels.rounding.noise import fill, fill_groups, ieee
+from windlass.kernels.threads import parallel_for
+
+CHUNK = 1024
+"""Numbers between two fills of random bits: 2 KiB of them."""
+TASK = 32 * CHUNK
+
+
+@cache
+def run(form: int, storage: int, rounding: int, counted: int, stream: int) -> Any:
+    """Rounds neighbours in memory; what is left of a vector goes by way of a patch."""
+
+    def run(src, dst, at, length, noise, noise_at, numbers, counts, errors, place):
+        whole = length // 16
+        if whole > 0:
+            convert(form, storage, rounding, counted, stream, src, at, dst, at, noise, noise_at, whole,
+                    numbers, counts, errors, place)  # fmt: skip
+        done = 16 * whole
+        if done < length:
+            patch, patch_out = on_stack(0, 16), on_stack(storage, 16)
+            for i in range(length - done):
+                patch[i] = src[at + done + i]
+            for i in range(length - done, 16):
+                patch[i] = 0
+            convert(form, storage, rounding, counted, 0, patch, 0, patch_out, 0, noise, noise_at + done,
+                    1, numbers, counts, errors, place)  # fmt: skip
+            for i in range(length - done):
+                dst[at + done + i] = patch_out[i]
+
+    return kernel(run, key=(form, storage, rounding, counted, stream))
+
+
+@cache
+def _task(form: int, storage: int, rounding: int, counted: int, stream: int) -> Any:
+    """Rounds the task-th run of `TASK` numbers; number 0 takes the random bits of position `first`."""
+    key = (form, storage, rounding, counted, stream)
+    neighbours = run(*key)
+
+    def flat_task(task, thread, source, target, size, first, words, numbers, counts, errors):
+        ieee()
+        src, dst = array_at(0, source, size), array_at(storage, target, size)
+        noise = on_stack(4, 1152)  # a chunk, a group for those that begin within a block, a vector beyond the end
+        start = task * 32768  # TASK
+        last = min(size, start + 32768)
+        shift = first % 8
+        # No functions here: to hand over so many arrays takes as long as the work on a chunk.
+        while start + 1024 <= last:  # CHUNK
+            if rounding == 0:
+                fill_groups(4, noise, 0, (first + start) // 8, 4, words, src, start + 1024)
+                if shift > 0:
+                    fill_groups(1, noise, 1024, (first + start) // 8 + 128, 1, words, src, start + 1024)
+            convert(form, storage, rounding, counted, stream, src, start, dst, start, noise, shift, 64, numbers,
+                    counts, errors, task)  # fmt: skip
+            start += 1024
+        if start < last:
+            if rounding == 0:
+                fill(noise, 0, (first + start) // 8, (last - start + shift + 63) // 64, words, src, start)
+            neighbours(src, dst, start, last - start, noise, shift, numbers, counts, errors, task)
+
+    return kernel(flat_task, key=key)
+
+
+@cache
+def flat_pass(form: int, storage: int, rounding: int, counted: int, stream: int) -> Any:
+    """flat(source, target, size, first, w0, w1, w2, w3, low, high, step, inverse, counts, errors, tasks, threads).
+
+    Rounds `size` float32 at the address `source` to the address `target`; the first takes the random bits of position
+    `first`, under the key w0 to w3.  At `counts` there is room for three int64 of every task, at `errors` for one
+    float64; for one task both may be 0.  Gives what `Counts` holds.
+    """
+    key = (form, storage, rounding, counted, stream)
+    inner = _task(*key)
+
+    def flat(source, target, size, first, w0, w1, w2, w3, low, high, step, inverse, counts, errors, tasks, threads):
+        numbers = (np.float32(low), np.float32(high), np.float32(step), np.float32(inverse))
+        totals, sums = on_stack(5, 3), on_stack(6, 1)
+        if tasks > 1:
+            totals, sums = array_at(5, counts, 3 * tasks), array_at(6, errors, tasks)
+        for i in range(3 * tasks):
+            totals[i] = 0
+        for i in range(tasks):
+            sums[i] = 0.0
+        parallel_for(inner, tasks, threads, (source, target, size, first, (w0, w1, w2, w3), numbers, totals, sums))
+        for task in range(1, tasks):
+            totals[0] += totals[3 * task]
+            totals[1] += totals[3 * task + 1]
+            totals[2] += totals[3 * task + 2]
+            sums[0] += sums[task]
+        return totals[0], totals[1], totals[2], sums[0]
+
+    return kernel(flat, key=key)
