@@ -2,13 +2,16 @@
 
 Arguments, order and results are QPyTorch's (Zhang et al., "QPyTorch: A Low-Precision Arithmetic Simulation Framework",
 2019), but for what docs/precision.md lists: ties go to even, numbers of the format never change, FL may be negative,
-memory formats are kept, `torch.manual_seed` repeats every rounding, and NaN stays NaN.
+memory formats are kept, `torch.manual_seed` repeats every rounding, and NaN stays NaN.  With ``from windlass.precision
+import qtorch``, ``qtorch.quant.quantizer`` and ``qtorch.optim.OptimLP`` are found where QPyTorch has them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +19,26 @@ from torch import Tensor, nn
 
 from windlass.errors import ConfigError, unknown
 from windlass.plan.number import Fixed, Rounding
+from windlass.precision.lower import append_rounding, round_outputs
+from windlass.precision.optimlp import OptimLP
 from windlass.precision.quantize import quantize
+
+__all__ = [
+    "BlockFloatingPoint",
+    "FixedPoint",
+    "FloatingPoint",
+    "Number",
+    "OptimLP",
+    "Quantizer",
+    "block_quantize",
+    "fixed_point_quantize",
+    "float_quantize",
+    "lower",
+    "quantizer",
+    "sequential_lower",
+]
+
+auto_low = number = optim = quant = sys.modules[__name__]  # QPyTorch's parts: all names are here
 
 _ROUNDINGS: tuple[Rounding, ...] = ("stochastic", "nearest")
 
@@ -121,24 +143,42 @@ def quantizer(
     if clamping_grad_zero and not (isinstance(forward_number, FixedPoint) and forward_number.clamp):
         raise ConfigError("clamping_grad_zero needs a forward_number of FixedPoint with clamp")
 
-    class Rounding(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            if clamping_grad_zero and isinstance(forward_number, FixedPoint):
-                number = Fixed(forward_number.wl, forward_number.fl, forward_number.symmetric)
-                ctx.save_for_backward((x < number.lowest) | (x > number.highest))
-            return _apply(x, forward_number, forwards)
+    return _Both(forward_number, backward_number, forwards, backwards, clamping_grad_zero, tuple(backward_hooks))
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-            gradient = gradients[0]
-            for hook in backward_hooks:
-                gradient = hook(gradient)
-            if ctx.saved_tensors:
-                gradient = gradient.masked_fill(ctx.saved_tensors[0], 0.0)
-            return _apply(gradient, backward_number, backwards)
 
-    return Rounding.apply
+@dataclass(frozen=True)
+class _Both:
+    """What `quantizer` returns: rounds on the way forward and on the way back."""
+
+    forward_number: Number | None
+    backward_number: Number | None
+    forward_rounding: Rounding
+    backward_rounding: Rounding
+    clamping_grad_zero: bool
+    backward_hooks: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = _Rounded.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: _Both) -> Tensor:
+        ctx.how, number = how, how.forward_number
+        if how.clamping_grad_zero and isinstance(number, FixedPoint):
+            ends = Fixed(number.wl, number.fl, number.symmetric)
+            ctx.save_for_backward((x < ends.lowest) | (x > ends.highest))
+        return _apply(x, number, how.forward_rounding)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0]
+        for hook in ctx.how.backward_hooks:
+            gradient = hook(gradient)
+        if ctx.saved_tensors:
+            gradient = gradient.masked_fill(ctx.saved_tensors[0], 0.0)
+        return _apply(gradient, ctx.how.backward_number, ctx.how.backward_rounding), None
 
 
 class Quantizer(nn.Module):
@@ -157,6 +197,39 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` rounded."""
         return self.quantize(x)
+
+
+def lower(
+    model: nn.Module, layer_types: Sequence[str] = (), forward_number: Number | None = None,
+    backward_number: Number | None = None, forward_rounding: str = "stochastic", backward_rounding: str = "stochastic",
+) -> nn.Module:  # fmt: skip
+    """Rounds the output of every layer of these types in `model` itself, which is returned.
+
+    Args:
+        model: is changed: its layers get a `Quantizer` named `output_quantizer`; names of parameters stay.
+        layer_types: of "conv", "linear", "pool", "pad", "activation", "normalization", "dropout", "loss".
+        forward_number: the format of outputs; None leaves them.
+        backward_number: the format of their gradients; None leaves them.
+        forward_rounding: "stochastic" or "nearest".
+        backward_rounding: "stochastic" or "nearest".
+
+    Raises:
+        ConfigError: there is no such type, or no such layer in the model.
+    """
+    make = partial(Quantizer, forward_number, backward_number, forward_rounding, backward_rounding)
+    return round_outputs(model, layer_types, make)
+
+
+def sequential_lower(
+    model: nn.Module, layer_types: Sequence[str] = (), forward_number: Number | None = None,
+    backward_number: Number | None = None, forward_rounding: str = "stochastic", backward_rounding: str = "stochastic",
+) -> nn.Module:  # fmt: skip
+    """A copy of `model` with an `nn.Sequential` of layer and `Quantizer` in place of every layer of these types.
+
+    A parameter `conv.weight` is `conv.0.weight` there.  Arguments and errors are those of `lower`.
+    """
+    make = partial(Quantizer, forward_number, backward_number, forward_rounding, backward_rounding)
+    return append_rounding(model, layer_types, make)
 
 
 def _apply(x: Tensor, number: Number | None, rounding: str) -> Tensor:
