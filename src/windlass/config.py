@@ -22,6 +22,7 @@ from windlass.optim.rules import Schedule, UpdateRule
 from windlass.plan.levers import LEVERS, PARALLEL
 from windlass.plan.mesh import Mesh
 from windlass.plan.pick import AUTO
+from windlass.plan.recipe import parse_recipe
 from windlass.plan.sizes import parse_bytes
 from windlass.tuning.results import Settings
 from windlass.typed import build_config
@@ -128,7 +129,7 @@ class ElasticConfig:
             raise ConfigError("elastic.spares: spare ranks wait for a death that ends a run: add --elastic")
 
 
-LEVERS_SET = ("parallel", "mesh", "accumulate", "recompute")
+LEVERS_SET = ("number_format", "parallel", "mesh", "accumulate", "recompute")
 """Levers of the plan that a configuration sets; a plan file says the same or nothing else is said."""
 
 DEFAULT_TUNE = "auto"
@@ -152,6 +153,8 @@ class TrainConfig:
         batch: global batch: samples of one step over all workers.
         head_batch: samples after which the model-parallel head is updated, where `parallel` is hybrid:b, hybrid:c
             or a file with such a handover; 0: the same as `batch`.
+        number_format: how numbers are kept: float32, fixed16, float16, bfloat16, or a recipe by role
+            (`plan.recipe.parse_recipe`).
         parallel: what the workers divide: data, model, hybrid, hybrid:a, hybrid:b, hybrid:c, tiles, or the file of
             a placement.
         mesh: the workers in rows, as in ``node:2,device:2``; auto: as the placement says.
@@ -180,6 +183,7 @@ class TrainConfig:
     epochs: int = 20
     batch: int = 64
     head_batch: int = 0
+    number_format: str = str(LEVERS["number_format"].default)
     parallel: str = str(LEVERS["parallel"].default)
     mesh: str = str(LEVERS["mesh"].default)
     accumulate: int = 1
@@ -224,6 +228,7 @@ class TrainConfig:
             refusal = LEVERS[name].refusal(getattr(self, name))
             if refusal:
                 raise ConfigError(f"{name}: {refusal}")
+        self._check_number_format()
         if self.parallel == "data":
             return
         for name, plain in (("accumulate", 1), ("recompute", "none")):
@@ -234,6 +239,21 @@ class TrainConfig:
                 f"elastic: the workers of parallel {self.parallel} hold parts that die with them; only those of "
                 f"parallel data can go on without one"
             )
+
+    def _check_number_format(self) -> None:
+        if parse_recipe(self.number_format).is_plain:
+            return
+        if self.parallel != "data":
+            raise ConfigError(
+                f"number_format: {self.number_format} is there for parallel data, not for parallel {self.parallel}"
+            )
+        if self.recompute != "none":
+            raise ConfigError(
+                f"recompute: what is computed again would be rounded again; it is there for float32, not for number "
+                f"format {self.number_format}"
+            )
+        if self.elastic.enabled:
+            raise ConfigError(f"elastic: is there for float32, not for number format {self.number_format}")
 
     def _check_division(self) -> None:
         """The batch and its parts against workers and micro-batches."""

@@ -22,7 +22,7 @@ from windlass.config import better_when_lower
 from windlass.data.micro import micro_batches
 from windlass.data.serving import Batch, BatchServer
 from windlass.engine.allreduce import Allreduce
-from windlass.engine.gradients import GradientAverager
+from windlass.engine.gradients import FlatGroup, GradientAverager
 from windlass.engine.keyed import KeyedSums
 from windlass.engine.prefetch import prefetch
 from windlass.engine.timing import StepTimer
@@ -85,7 +85,7 @@ class Trainer:
         self._hidden_s = 0.0
         self._build()
         self._update = self.config.update.for_batch(self.config.batch)
-        self.optimizer = build_optimizer(self._update, [group.parameter for group in self.averager.groups])
+        self.optimizer = build_optimizer(self._update, [group.parameter for group in self.groups])
         self.progress = Progress()
         self._saver = Saver(prepared)
         self._timer = StepTimer()
@@ -109,6 +109,11 @@ class Trainer:
             overlap=bool(plan.value("overlap")),
             background=crosses_hosts(self.world) and not self.config.elastic.enabled,
         )
+
+    @property
+    def groups(self) -> list[FlatGroup]:
+        """What the optimizer updates, with the network's parameters in it."""
+        return self.averager.groups
 
     def run(self) -> Summary:
         """Trains to the last epoch.
@@ -143,7 +148,7 @@ class Trainer:
         self.averager.begin()
         loss, correct = self._forward_backward(batch)
         with timer.part("backward"):
-            finite = self.averager.finish_backward()
+            finite = self._finish_backward()
         self._hidden_s = self.averager.under_way_s()
         with timer.part("communication"):
             self._note("the allreduce", progress.step + 1)
@@ -155,9 +160,16 @@ class Trainer:
             self._report_bad(loss, finite)
         with timer.part("update"):
             set_learning_rate(self.optimizer, self.learning_rate)
-            self.optimizer.step()
+            self._step_optimizer()
         progress.step += 1
         return agreed
+
+    def _finish_backward(self) -> bool:
+        """The backward pass is done; whether all gradients of this rank are finite."""
+        return self.averager.finish_backward()
+
+    def _step_optimizer(self) -> None:
+        self.optimizer.step()
 
     def _is_alone(self) -> bool:
         """Whether no other rank's gradients will ever come, so that sums need no memory of their own."""
@@ -426,7 +438,7 @@ class Trainer:
     def _gather_state(self) -> Callable[[], tuple[Tensors, Tensors]]:
         """Gathers what a checkpoint needs of other ranks; what it returns gives weights and state, on rank 0."""
         ranks = gather_rank_tensors(self.module, self.world)
-        return lambda: (self.module.state_dict(), optimizer_tensors(self.optimizer, self.averager.groups) | ranks)
+        return lambda: (self.module.state_dict(), optimizer_tensors(self.optimizer, self.groups) | ranks)
 
     def recover(self, loss: RankLost) -> None:
         """A rank was lost, and this trainer cannot go on without it: raises `loss` (`recovery` goes on)."""
@@ -442,9 +454,9 @@ class Trainer:
         checkpoint, world = self.prepared.checkpoint, self.world
         if checkpoint is None:
             seed_rank(self.config.seed, step=0, rank=world.rank)
-            give_weights([group.parameter for group in self.averager.groups], world)
+            give_weights([group.parameter for group in self.groups], world)
             return
         self.progress = restore(
-            checkpoint, self.module, self.optimizer, self.averager.groups, world=world, seed=self.config.seed
+            checkpoint, self.module, self.optimizer, self.groups, world=world, seed=self.config.seed
         )
         self._first_step = self.progress.step

@@ -34,6 +34,8 @@ from windlass.plan.graph import Graph
 from windlass.plan.pick import AUTO
 from windlass.plan.placement import Placement
 from windlass.plan.plan import Choice, Plan, plan_from_mapping
+from windlass.plan.recipe import parse_recipe
+from windlass.precision.lowered import layer_names
 from windlass.runs.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from windlass.tuning.choose import choose_plan
 from windlass.tuning.cluster import tuned_chooser
@@ -102,6 +104,7 @@ def prepare(
     size = image_size(config, dataset)
     torch.manual_seed(config.seed)
     network = module or on_all(world, lambda: network_for(config, dataset, size))
+    on_all(world, lambda: parse_recipe(config.number_format).check_layers(layer_names(network)))
     graph, plain = capture_step(
         config, network, world, shape=(dataset.image_shape[0], size, size), num_classes=dataset.num_classes
     )
@@ -191,7 +194,26 @@ def plan_for(
 
     `graph` and `plain` are those of `capture_step`.
     """
-    settings = config.convolution_settings()
+    settings, why = _settings(config)
+    plan = _plan_for(
+        config, graph, module, steps=steps, threads=threads, on_event=on_event, plain=plain, settings=settings
+    )
+    convolution = plan.levers["convolution"]
+    told = Choice(convolution.value, convolution.reason.removesuffix(why) + why)
+    return dataclasses.replace(plan, levers={**plan.levers, "convolution": told})
+
+
+def _plan_for(
+    config: TrainConfig,
+    graph: Graph,
+    module: torch.nn.Module,
+    *,
+    steps: int,
+    threads: int,
+    on_event: OnEvent,
+    plain: Graph | None,
+    settings: Settings,
+) -> Plan:
     if not config.plan:
         asked = {name: getattr(config, name) for name in LEVERS_SET}
         plan = choose_plan(graph, workers=config.workers, batch=config.batch, asked=asked, plain=plain)
@@ -222,6 +244,15 @@ def plan_for(
     rows = {row.name: row for row in plan.layers}
     tuned = _tuned(whole, graph, module, settings=settings, threads=threads, on_event=on_event)
     return dataclasses.replace(tuned, layers=tuple(rows.get(row.name, row) for row in tuned.layers))
+
+
+def _settings(config: TrainConfig) -> tuple[Settings, str]:
+    """What the chooser of convolutions is asked for: no less accurate than the number format can bear; and why."""
+    settings, recipe = config.convolution_settings(), parse_recipe(config.number_format)
+    if recipe.is_plain:
+        return settings, ""
+    accuracy, why = recipe.accuracy(settings.accuracy)
+    return dataclasses.replace(settings, accuracy=accuracy), f"; {why}"
 
 
 def _tuned(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from windlass.config import TrainConfig
 from windlass.errors import ConfigError, WriteError
+from windlass.networks.capture import capture
 from windlass.objective import has_own_loss
 from windlass.optim.rules import UPDATE_RULES
 from windlass.parallel.limits import check_memory, predict_all, training_bytes
@@ -15,6 +16,7 @@ from windlass.plan.derive import derive
 from windlass.plan.graph import Graph
 from windlass.plan.levers import LEVERS
 from windlass.plan.plan import Plan
+from windlass.plan.recipe import Recipe, parse_recipe
 from windlass.plan.sizes import parse_bytes
 from windlass.prepare import Prepared
 from windlass.report.units import num_bytes, plain
@@ -33,6 +35,25 @@ def worker_bytes(graph: Graph, *, update_rule: str, world_size: int, accumulate:
     """
     copies = 1 + (world_size > 1) + OPTIMIZER_COPIES[UPDATE_RULES[update_rule].torch_class]
     return graph.peak_bytes + (accumulate - 1) * graph.input_bytes + copies * graph.memories()["∇W"]
+
+
+def rounded_bytes(prepared: Prepared, recipe: Recipe, *, accumulate: int) -> int:
+    """The same under a recipe, with the late formats if there are any.
+
+    One worker keeps gradients as codes, which the peak has already; several have flat ones, as they exchange them.
+    The optimizer's state is float32.
+    """
+    config, world = prepared.job.config, prepared.world
+    is_alone = world.size == 1 and accumulate == 1
+    graph = capture(
+        prepared.module, prepared.graph.input_shape, name=config.network, num_classes=prepared.dataset.num_classes,
+        keep_gradients=is_alone or accumulate > 1, recipe=recipe, share=1.0, defer_gradients=not is_alone,
+    )  # fmt: skip
+    numbers = sum(parameter.numel() for parameter in prepared.module.parameters() if parameter.requires_grad)
+    sent = recipe.gradients.bits // 8 if recipe.exchange == "16bit" and world.size > 1 else 4
+    flat = 0 if is_alone else sent * (1 + (world.size > 1))
+    state = 4 * OPTIMIZER_COPIES[UPDATE_RULES[config.update.name].torch_class]
+    return graph.peak_bytes + (accumulate - 1) * graph.input_bytes + (flat + state) * numbers
 
 
 def checkpoint_bytes(graph: Graph, *, update_rule: str) -> int:
@@ -80,6 +101,9 @@ def needed_bytes(prepared: Prepared) -> list[int]:
     config, world = prepared.job.config, prepared.world
     if prepared.placement is None:
         parts = int(prepared.plan.value("accumulate"))
+        recipe = parse_recipe(str(prepared.plan.value("number_format")))
+        if not recipe.is_plain:
+            return [rounded_bytes(prepared, recipe, accumulate=parts)] * world.size
         own = worker_bytes(prepared.graph, update_rule=config.update.name, world_size=world.size, accumulate=parts)
         return [own] * world.size
     shape, module = global_shape(prepared), prepared.module

@@ -23,11 +23,13 @@ from windlass.objective import check_metrics
 from windlass.optim.rules import UPDATE_RULES
 from windlass.placed import PlacedTrainer
 from windlass.placing import find_placement
+from windlass.plan.recipe import parse_recipe
 from windlass.prepare import Prepared, prepare
 from windlass.progress import Progress, Summary
 from windlass.recovery import ElasticTrainer
 from windlass.report.page import write_report
 from windlass.resources import check_resources
+from windlass.rounded import RoundedTrainer
 from windlass.runs.checkpoint import MANIFEST, list_checkpoints, set_aside_later
 from windlass.runs.folder import describe_machine, write_folder
 from windlass.runs.metrics import FLUSH_S, MetricsWriter, load_board
@@ -128,6 +130,8 @@ def _trainer(
     """The trainer that this run asks for."""
     if prepared.placement is not None:
         return PlacedTrainer(prepared, emit=emit, stop=stop, note=note, writer=writer)
+    if not parse_recipe(str(prepared.plan.value("number_format"))).is_plain:
+        return RoundedTrainer(prepared, emit=emit, stop=stop, note=note, writer=writer)
     if crew is None:
         return Trainer(prepared, emit=emit, stop=stop, note=note, writer=writer)
     return ElasticTrainer(prepared, emit=emit, stop=stop, note=note, writer=writer, crew=crew, reopen=_reopen(prepared))

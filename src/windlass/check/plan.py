@@ -7,6 +7,7 @@ from windlass.plan.convolution import CONV_ALGORITHMS, DIRECTIONS, ConvChoice, C
 from windlass.plan.graph import Graph
 from windlass.plan.levers import LEVERS, spell
 from windlass.plan.plan import Plan, conv_choice
+from windlass.plan.recipe import parse_recipe
 from windlass.plan.shapes import conv_choices, graph_convolutions, module_name
 
 
@@ -62,6 +63,7 @@ def _check_layers(plan: Plan, graph: Graph, where: str) -> None:
         if layer.kind and layer.kind != kinds[layer.name]:
             raise ConfigError(f"{place}.kind: the plan says {layer.kind}, the network has {kinds[layer.name]}")
         _check_domain(choice, shapes.get(layer.name), f"{place}.convolution")
+        _check_accuracy(choice, shapes.get(layer.name), str(plan.value("number_format")), f"{place}.convolution")
     choices = conv_choices(plan, graph)
     _check_shared(choices, where)
     _check_lever(str(plan.value("convolution")), choices, where)
@@ -77,6 +79,18 @@ def _check_domain(choice: ConvChoice, shape: ConvShape | None, where: str) -> No
         refusal = CONV_ALGORITHMS[name].refusal(shape)
         if refusal:
             raise ConfigError(f"{where}: {name} {refusal}")
+
+
+def _check_accuracy(choice: ConvChoice, shape: ConvShape | None, number_format: str, where: str) -> None:
+    """An algorithm may not be so inexact that a recipe's formats see it."""
+    limit = parse_recipe(number_format).error_factor()
+    for name in {choice.of(direction) for direction in DIRECTIONS} - {"torch"}:
+        factor = CONV_ALGORITHMS[name].error_factor(shape) if shape is not None else 1.0
+        if factor > limit:
+            raise ConfigError(
+                f"{where}: {name} is about {factor:g} times as inexact as direct convolution; number format "
+                f"{number_format} has room for {limit:.3g} times"
+            )
 
 
 def _check_shared(choices: dict[str, ConvChoice], where: str) -> None:

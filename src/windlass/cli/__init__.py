@@ -18,6 +18,7 @@ from windlass.cli import (
     bench_cluster,
     bench_ddp,
     bench_parallel,
+    bench_precision,
     bench_rounding,
     collectives,
     collectives_plan,
@@ -55,6 +56,7 @@ bench.app.command("allreduce")(bench_allreduce.bench_allreduce_command)
 bench.app.command("ddp")(bench_ddp.bench_ddp_command)
 bench.app.command("parallel")(bench_parallel.bench_parallel_command)
 bench.app.command("rounding")(bench_rounding.bench_rounding_command)
+bench.app.command("precision")(bench_precision.bench_precision_command)
 bench.app.command("cluster")(bench_cluster.bench_cluster_command)
 app.command("launch", context_settings=launch.CONTEXT)(launch.launch_command)
 app.add_typer(bench.app, name="bench")

@@ -12,12 +12,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from windlass.cli.inspect_parallel import BATCH_OF_WORKER, Asked, find, num_workers, print_placement, to_mapping
-from windlass.cli.levers import MESH_HELP, PARALLEL_HELP
+from windlass.cli.inspect_parallel import (
+    BATCH_OF_WORKER,
+    PLAIN_WIDTH,
+    Asked,
+    find,
+    num_workers,
+    print_placement,
+    to_mapping,
+)
+from windlass.cli.inspect_precision import NOTES, Compared, compare, comparison
+from windlass.cli.inspect_precision import to_mapping as beside_float32
+from windlass.cli.levers import MESH_HELP, PARALLEL_HELP, PRECISION_HELP
 from windlass.config import assignment
 from windlass.errors import ConfigError
 from windlass.networks import NETWORKS, check_network_name
 from windlass.plan.graph import Graph, Layer
+from windlass.plan.recipe import parse_recipe
 from windlass.report.units import num_bytes, plain
 
 if TYPE_CHECKING:
@@ -40,6 +51,9 @@ def inspect_command(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the DAG, or the placement, into this file (.png, .svg, .pdf).")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"Memories under a recipe, beside those of float32. {PRECISION_HELP}")
+    ] = None,
     parallel: Annotated[
         str | None, typer.Option(help=f"Instead, what each worker holds and sends. {PARALLEL_HELP}")
     ] = None,
@@ -54,7 +68,10 @@ def inspect_command(
     ] = None,
 ) -> None:
     """Print a network's layers: shapes, parameters, multiply-adds, and the four memories of training."""
+    recipe = parse_recipe(precision or "float32")
     if parallel is not None:
+        if precision is not None:
+            raise ConfigError("--precision: is there for one worker alone; leave out --precision or --parallel")
         asked = Asked(parallel, workers, mesh, rank or 0, memory_limit, update or "momentum")
         size = _batch(batch, default=BATCH_OF_WORKER * num_workers(asked))
         module, shape, num_classes = build(
@@ -68,9 +85,15 @@ def inspect_command(
         if value is not None:
             raise ConfigError(f"{option}: says something about a placement, which --parallel names")
     batch = _batch(batch, default=1)
-    graph = capture_network(
+    module, shape, num_classes = build(
         network, batch=batch, classes=classes, channels=channels, size=image_size, settings=settings or []
     )
+    compared: Compared | None = None
+    if recipe.is_plain:
+        graph = _capture(module, shape, network=network, num_classes=num_classes)
+    else:
+        compared = compare(module, shape, recipe, network=network, num_classes=num_classes)
+        graph = compared.after
     if plot is not None:
         from windlass.report.dag import draw_graph
 
@@ -82,9 +105,14 @@ def inspect_command(
             "backward_macs": graph.backward_macs,
             "memories": graph.memories(),
         }
-        print(json.dumps({**dataclasses.asdict(graph), "totals": totals}, ensure_ascii=False))
+        beside = {} if compared is None else beside_float32(compared)
+        print(json.dumps({**dataclasses.asdict(graph), "totals": totals, **beside}, ensure_ascii=False))
         return
     _print_graph(graph)
+    if compared is not None:
+        _console().print(comparison(compared))
+        for note in NOTES:
+            print(note)
     if plot is not None:
         print(f"drawn: {plot}")
 
@@ -115,19 +143,6 @@ def _inspect_placement(
         print(f"drawn: {plot}")
 
 
-def capture_network(
-    network: str,
-    *,
-    batch: int,
-    classes: int | None,
-    channels: int | None,
-    size: int | None,
-    settings: list[str],
-) -> Graph:
-    """Captures a network by name; what is not given is the network's own default."""
-    return build_and_capture(network, batch=batch, classes=classes, channels=channels, size=size, settings=settings)[1]
-
-
 def build_and_capture(
     network: str,
     *,
@@ -138,12 +153,16 @@ def build_and_capture(
     settings: list[str],
 ) -> tuple[nn.Module, Graph]:
     """Builds and captures a network by name; what is not given is the network's own default."""
-    from windlass.networks.capture import capture
-
     module, shape, num_classes = build(
         network, batch=batch, classes=classes, channels=channels, size=size, settings=settings
     )
-    return module, capture(module, shape, name=network, num_classes=num_classes)
+    return module, _capture(module, shape, network=network, num_classes=num_classes)
+
+
+def _capture(module: nn.Module, shape: tuple[int, ...], *, network: str, num_classes: int) -> Graph:
+    from windlass.networks.capture import capture
+
+    return capture(module, shape, name=network, num_classes=num_classes)
 
 
 def build(
@@ -183,8 +202,6 @@ Column = tuple[str, Callable[[Layer], str]]
 
 
 def _print_graph(graph: Graph) -> None:
-    console = Console(highlight=False, soft_wrap=False)
-    width = None if console.is_terminal else 200
     parameters, macs = max(graph.num_parameters, 1), max(graph.forward_macs + graph.backward_macs, 1)
     columns: list[tuple[str, str, Callable[[Layer], str], str]] = [
         ("layer", "left", lambda layer: layer.name, "total"),
@@ -201,17 +218,28 @@ def _print_graph(graph: Graph) -> None:
     fields = {"D": "kept_bytes", "W": "weight_bytes", "∇D": "output_grad_bytes", "∇W": "weight_grad_bytes"}
     for name, attribute in fields.items():
         columns.append((name, "right", _bytes_of(attribute), _size(memories[name])))
-    table = Table(title=f"{graph.network}, input {'×'.join(map(str, graph.input_shape))}", width=width)
+    console = _console()
+    table = Table(title=_title(graph), width=None if console.is_terminal else console.width)
     for name, side, _, total in columns:
         table.add_column(name, footer=total, justify="left" if side == "left" else "right", overflow="fold")
     table.show_footer = True
     for layer in graph.layers:
         table.add_row(*(value(layer) for _, _, value, _ in columns))
-    (console if width is None else Console(highlight=False, width=width)).print(table)
+    console.print(table)
     print(
         f"predicted peak of a step: {_size(graph.peak_bytes)}, at {graph.peak_at} "
         f"(input and labels {_size(graph.input_bytes)} included)"
     )
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def _title(graph: Graph) -> str:
+    number_format = "" if graph.number_format == "float32" else f", {graph.number_format}"
+    return f"{graph.network}, input {'×'.join(map(str, graph.input_shape))}{number_format}"
 
 
 def _bytes_of(attribute: str) -> Callable[[Layer], str]:

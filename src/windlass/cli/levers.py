@@ -6,16 +6,20 @@ from windlass.errors import ConfigError
 
 BATCH_HELP = "Global batch: samples of a step over all workers; 256,128: the head is updated after every 128."
 PARALLEL_HELP = "What the workers divide: data, model, hybrid, hybrid:a, hybrid:b, hybrid:c, tiles, or a file."
+PRECISION_HELP = "How numbers are kept: fixed16, float16, bfloat16, or a recipe such as fixed16,errors=<4,12>."
 MESH_HELP = "The workers in rows, as in node:2,device:2."
 ACCUMULATE_HELP = "Micro-batches of a step, whose gradients add up."
 RECOMPUTE_HELP = "blocks: compute activations again in the backward pass instead of keeping them; or none."
 
 
 def given_levers(
-    *, parallel: str | None, mesh: str | None, accumulate: int | None, recompute: str | None
+    *, precision: str | None, parallel: str | None, mesh: str | None, accumulate: int | None, recompute: str | None
 ) -> dict[str, str | int]:
     """What was given of them, as keys of the configuration."""
-    given = {"parallel": parallel, "mesh": mesh, "accumulate": accumulate, "recompute": recompute}
+    given = {
+        "number_format": precision, "parallel": parallel, "mesh": mesh, "accumulate": accumulate,
+        "recompute": recompute,
+    }  # fmt: skip
     return {name: value for name, value in given.items() if value is not None}
 
 

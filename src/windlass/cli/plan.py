@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from windlass.cli.levers import ACCUMULATE_HELP, MESH_HELP, PARALLEL_HELP, RECOMPUTE_HELP, given_levers
+from windlass.cli.levers import ACCUMULATE_HELP, MESH_HELP, PARALLEL_HELP, PRECISION_HELP, RECOMPUTE_HELP, given_levers
 from windlass.cli.tune import ACCURACY_HELP, TUNE_HELP, WORKSPACE_HELP, TuningBar, keep_memory_as_in_training
 from windlass.config import DEFAULT_TUNE, assignment, config_from_layers, join
 from windlass.runs.files import to_yaml, write_atomically
@@ -20,6 +20,7 @@ def plan_command(
     data: Annotated[str, typer.Option(help="The data source that the network will be trained on.")] = "digits",
     workers: Annotated[int, typer.Option(help="Ranks that share every batch.")] = 1,
     batch: Annotated[int, typer.Option(help="Global batch.")] = 64,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP)] = None,
     parallel: Annotated[str | None, typer.Option(help=PARALLEL_HELP)] = None,
     mesh: Annotated[str | None, typer.Option(help=MESH_HELP)] = None,
     accumulate: Annotated[int | None, typer.Option(help=ACCUMULATE_HELP)] = None,
@@ -40,7 +41,7 @@ def plan_command(
         "tune": tune,
         "accuracy": accuracy,
         "workspace_mb": workspace_mb,
-        **given_levers(parallel=parallel, mesh=mesh, accumulate=accumulate, recompute=recompute),
+        **given_levers(precision=precision, parallel=parallel, mesh=mesh, accumulate=accumulate, recompute=recompute),
     }
     config = config_from_layers([join([given, *map(assignment, settings or [])])])
 

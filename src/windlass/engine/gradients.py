@@ -26,6 +26,7 @@ import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -50,19 +51,47 @@ class FlatGroup:
     names: list[str]
     parameters: list[torch.nn.Parameter]
     offsets: list[int]
+    strides: list[tuple[int, ...]]
     key: Hashable = None
 
     def view(self, flat: torch.Tensor, index: int) -> torch.Tensor:
         """The part of `flat` that belongs to parameter `index`, in that parameter's shape and strides."""
-        parameter = self.parameters[index]
         return flat[self.offsets[index] :].as_strided(
-            parameter.shape, parameter.stride(), flat.storage_offset() + self.offsets[index]
+            self.parameters[index].shape, self.strides[index], flat.storage_offset() + self.offsets[index]
         )
 
     def split(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and views of every parameter's part of `flat`."""
         for index, name in enumerate(self.names):
             yield name, self.view(flat, index)
+
+
+class LoneGroup(FlatGroup):
+    """One parameter that is not part of a flat tensor."""
+
+    def __init__(self, name: str, parameter: torch.nn.Parameter) -> None:
+        none = torch.empty(0)
+        super().__init__(parameter, none, none, [name], [parameter], [0], [parameter.stride()])
+
+    def view(self, flat: torch.Tensor, index: int) -> torch.Tensor:
+        """The tensor itself."""
+        return flat
+
+
+class Keeper(Protocol):
+    """Keeps gradients otherwise than as they are.
+
+    Attributes:
+        dtype: of the flat tensors.
+    """
+
+    dtype: torch.dtype
+
+    def put(self, name: str, view: torch.Tensor, gradient: torch.Tensor) -> None:
+        """`view` becomes what is kept of the gradient of this parameter."""
+
+    def add(self, name: str, view: torch.Tensor, gradient: torch.Tensor) -> None:
+        """The same, added to what `view` holds."""
 
 
 @dataclass
@@ -78,7 +107,11 @@ class _Bucket:
 
 
 def flatten_parameters(
-    module: torch.nn.Module, *, alone: bool = True, keys: Mapping[str, Hashable] | None = None
+    module: torch.nn.Module,
+    *,
+    alone: bool = True,
+    keys: Mapping[str, Hashable] | None = None,
+    gradient_dtype: torch.dtype | None = None,
 ) -> list[FlatGroup]:
     """Moves the module's trainable parameters into one flat tensor per dtype and key; each stays a view of its own."""
     groups: dict[tuple[torch.dtype, Hashable], list[tuple[str, torch.nn.Parameter]]] = {}
@@ -86,23 +119,37 @@ def flatten_parameters(
         if parameter.requires_grad and (keys is None or name in keys):
             key = None if keys is None else keys[name]
             groups.setdefault((parameter.dtype, key), []).append((name, parameter))
-    flat = [_flatten(named[::-1], dtype, alone or key == (), key) for (dtype, key), named in groups.items()]
+    flat = [
+        _flatten(named[::-1], dtype, gradient_dtype or dtype, alone or key == (), key)
+        for (dtype, key), named in groups.items()
+    ]
     return flat if keys is None else flat[::-1]  # of several keys, the one whose gradients come first
 
 
-def _flatten(named: list[tuple[str, torch.nn.Parameter]], dtype: torch.dtype, alone: bool, key: Hashable) -> FlatGroup:
+def _flatten(
+    named: list[tuple[str, torch.nn.Parameter]],
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    alone: bool,
+    key: Hashable,
+) -> FlatGroup:
     offsets, total = [], 0
     for _, parameter in named:
         offsets.append(total)
         total += -(-parameter.numel() // ALIGN) * ALIGN
     flat = torch.nn.Parameter(torch.zeros(total, dtype=dtype))
-    flat.grad = torch.zeros(total, dtype=dtype)
-    own = flat.grad if alone else torch.zeros(total, dtype=dtype)
-    group = FlatGroup(flat, own, flat.grad, [name for name, _ in named], [p for _, p in named], offsets, key)
+    gradient = torch.zeros(total, dtype=gradient_dtype)
+    own = gradient if alone else torch.zeros(total, dtype=gradient_dtype)
+    if gradient_dtype == dtype:
+        flat.grad = gradient
+    parameters = [parameter for _, parameter in named]
+    for parameter in parameters:
+        if not _dense(parameter):
+            parameter.data = parameter.data.contiguous()
+    strides = [parameter.stride() for parameter in parameters]
+    group = FlatGroup(flat, own, gradient, [name for name, _ in named], parameters, offsets, strides, key)
     with torch.no_grad():
-        for index, (_, parameter) in enumerate(named):
-            if not _dense(parameter):
-                parameter.data = parameter.data.contiguous()
+        for index, parameter in enumerate(parameters):
             view = group.view(flat.data, index)
             view.copy_(parameter)
             parameter.data = view
@@ -127,6 +174,7 @@ class GradientAverager:
             go through `start_sum`.
         start_sums: starts the sum of a buffer by key; what is of the key ``()`` is not summed.
         background: a thread moves sums on during the backward pass (`engine.mover`); MPI must allow threads.
+        keeper: how gradients are kept in the flat tensors; None: as they are.
     """
 
     def __init__(
@@ -140,8 +188,11 @@ class GradientAverager:
         keys: Mapping[str, Hashable] | None = None,
         start_sums: Mapping[Hashable, StartSum] | None = None,
         background: bool = False,
+        keeper: Keeper | None = None,
     ) -> None:
-        self.groups = flatten_parameters(module, alone=alone, keys=keys)
+        dtype = keeper.dtype if keeper is not None else None
+        self.groups = flatten_parameters(module, alone=alone, keys=keys, gradient_dtype=dtype)
+        self._keeper = keeper
         self._start_sums: dict[Hashable, StartSum] = {None: start_sum, **(start_sums or {})}
         self._buckets = [bucket for group in self.groups for bucket in _cut(group, bucket_bytes)]
         self._next = 0
@@ -228,10 +279,7 @@ class GradientAverager:
                 return
             gradient = parameter.grad
             assert gradient is not None
-            if self._added:
-                view.add_(gradient)
-            else:
-                view.copy_(gradient)
+            self._keep(bucket.group.names[index], view, gradient)
             parameter.grad = None
             bucket.missing.discard(index)
             while self._next < len(self._buckets) and not self._buckets[self._next].missing:
@@ -243,6 +291,14 @@ class GradientAverager:
                 self._mover.begin()
 
         return collect
+
+    def _keep(self, name: str, view: torch.Tensor, gradient: torch.Tensor) -> None:
+        if self._keeper is not None:
+            (self._keeper.add if self._added else self._keeper.put)(name, view, gradient)
+        elif self._added:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
 
     def _move(self) -> None:
         """Open MPI moves messages only when it is called."""
@@ -259,10 +315,13 @@ class GradientAverager:
             if parameter.grad is None:
                 if not self._added:
                     view.zero_()
+                continue
+            if self._keeper is not None:
+                self._keep(bucket.group.names[index], view, parameter.grad)
             else:
                 views.append(view)
                 gradients.append(parameter.grad)
-                parameter.grad = None
+            parameter.grad = None
         if views and self._added:
             torch._foreach_add_(views, gradients)
         elif views:

@@ -33,6 +33,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from windlass.errors import ConfigError
+from windlass.networks.lowered import Rehearsal, within
 from windlass.networks.recorder import (
     FunctionObserver,
     Node,
@@ -42,6 +43,7 @@ from windlass.networks.recorder import (
     tensors_in,
 )
 from windlass.plan.graph import Graph, Layer
+from windlass.plan.recipe import Recipe
 
 ADVICE = "use torch.where in place of if, masks in place of selected rows, and no .item()"
 
@@ -54,6 +56,9 @@ def capture(
     num_classes: int,
     training: bool = True,
     keep_gradients: bool = True,
+    recipe: Recipe | None = None,
+    share: float = 0.0,
+    defer_gradients: bool = False,
 ) -> Graph:
     """Record one step of `module` on a batch of `input_shape` without computing anything.
 
@@ -67,10 +72,14 @@ def capture(
         zero.
         keep_gradients: False lets each gradient of a weight go as soon as it is there, as the trainer does that
             copies it into a bucket.
+        recipe: in which formats numbers are kept (`windlass.precision`); the step then ends with an update.
+        share: of the run that is done, by which the recipe's late formats begin.
+        defer_gradients: under a recipe gradients stay float32, and there is no update, as where those of several
+            workers are added up first.
 
     Raises:
         ConfigError: the network cannot take this input, does not give logits, or its Python code depends on
-            the elements of tensors.
+            the elements of tensors; the recipe names a layer that is not there.
     """
     with _left_as_it_is(module), FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
         module.train(training)
@@ -80,22 +89,24 @@ def capture(
         dtype = next((t.dtype for t in weights.values() if t.dtype.is_floating_point), torch.float32)
         images = torch.empty(input_shape, dtype=dtype)
         labels = torch.empty(input_shape[0], dtype=torch.int64)
+        rehearsal = None
+        if recipe is not None and not recipe.is_plain:
+            rehearsal = Rehearsal(module, weights, recipe, share=share, defer_gradients=defer_gradients)
         recorder = Recorder(module, weights)
         recorder.give_input(images)
         for tensor in (*weights.values(), images, labels):
             recorder.live.hold(tensor, during="start")
-        with OperationObserver(recorder), torch.set_grad_enabled(training):
-            outputs = _forward(module, weights, images, recorder=recorder, name=name)
-            own_loss = getattr(module, "own_loss", None)
-            if own_loss is None:
-                _check_outputs(outputs, name=name, batch=input_shape[0], num_classes=num_classes)
-            if training:
-                recorder.phase = "loss"
-                loss = own_loss(outputs, images) if own_loss else _loss(outputs, labels, module=module)
-                del outputs
-                recorder.phase = "backward"
-                if loss.requires_grad:  # with the fake weights in place, for what runs a second time
-                    functional_call(_Backward(module), {f"module.{key}": t for key, t in weights.items()}, (loss,))
+        if rehearsal is not None:
+            rehearsal.watch(recorder)
+        try:
+            with OperationObserver(recorder), torch.set_grad_enabled(training):
+                _step(module, weights, images, labels, recorder=recorder, name=name, num_classes=num_classes)
+                if rehearsal is not None and training:
+                    recorder.phase = "update"
+                    rehearsal.update()
+        finally:
+            if rehearsal is not None:
+                rehearsal.close()
     return Graph(
         network=name,
         input_shape=tuple(input_shape),
@@ -104,18 +115,27 @@ def capture(
         peak_bytes=recorder.live.peak,
         peak_at=recorder.live.peak_at,
         recomputed_macs=recorder.recomputed_macs,
+        number_format="float32" if recipe is None else str(recipe),
     )
 
 
-class _Backward(nn.Module):
-    """A module whose forward pass is another one's backward pass."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+def _step(
+    module: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor, *, recorder: Recorder, name: str,
+    num_classes: int,
+) -> None:  # fmt: skip
+    """Forward and, in training, loss and backward."""
+    outputs = _forward(module, weights, images, recorder=recorder, name=name)
+    own_loss = getattr(module, "own_loss", None)
+    if own_loss is None:
+        _check_outputs(outputs, name=name, batch=len(labels), num_classes=num_classes)
+    if not torch.is_grad_enabled():
+        return
+    recorder.phase = "loss"
+    loss = own_loss(outputs, images) if own_loss else _loss(outputs, labels, module=module)
+    del outputs
+    recorder.phase = "backward"
+    if loss.requires_grad:  # with the fake weights in place, for what runs a second time
+        within(module, weights, loss.backward)
 
 
 def _forward(

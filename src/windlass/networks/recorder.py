@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import weak
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from windlass.layers.leaf import is_leaf
 from windlass.networks.macs import multiply_adds
 from windlass.networks.memory import LiveBytes, passing_bytes
 from windlass.networks.recompute import is_recomputing
@@ -116,10 +117,12 @@ class Recorder:
         self._writers: ByStorage[str] = weak.WeakIdKeyDictionary()
         self._kept: ByStorage[bool] = weak.WeakIdKeyDictionary()
         self._weights: ByStorage[Tensor] = weak.WeakIdKeyDictionary()
-        self._unclaimed: ByStorage[Tensor] = weak.WeakIdKeyDictionary()
+        self._unclaimed: dict[int, tuple[int, int]] = {}
+        self.error_bits: Callable[[str], int] | None = None
         for weight in weights.values():
-            self._weights[weight.untyped_storage()] = weight
-            self._unclaimed[weight.untyped_storage()] = weight
+            self.stand_for(weight, weight)
+            num_bytes = weight.numel() * weight.element_size()
+            self._unclaimed[id(weight)] = num_bytes, num_bytes if weight.requires_grad else 0
         self._by_sequence: dict[int, Node] = {}
         self._at = ""
 
@@ -127,6 +130,34 @@ class Recorder:
         """Say that `tensor` is the network's input."""
         self._writers[tensor.untyped_storage()] = INPUT
         self._kept[tensor.untyped_storage()] = True
+
+    # What a recipe changes
+
+    def declare(self, weight: Tensor, kept: Tensor, *, gradient_bytes: int) -> None:
+        """Say that a weight is kept as another tensor, and its gradient in so many bytes."""
+        self._unclaimed[id(weight)] = kept.numel() * kept.element_size(), gradient_bytes
+        self.live.hold(kept, during="start")
+
+    def stand_for(self, weight: Tensor, wide: Tensor) -> None:
+        """Say that operations which read `wide` read this weight."""
+        self._weights[wide.untyped_storage()] = weight
+
+    def follow(self, output: Tensor, rounded: Tensor) -> None:
+        """Say that a layer's output is now another tensor."""
+        writer = self._writers.get(output.untyped_storage())
+        if writer is not None:
+            self._writers[rounded.untyped_storage()] = writer
+
+    def keep_as(self, tensor: Tensor, kept: Tensor) -> None:
+        """Count what autograd keeps of a tensor, once, at the layer that wrote it first."""
+        storage = tensor.untyped_storage()
+        if self.phase == "forward" and storage not in self._kept and storage not in self._weights:
+            self._kept[storage] = True
+            writer = self._writers.get(storage)
+            for node in reversed(self.nodes):
+                if node.name == writer:
+                    node.kept_bytes += kept.untyped_storage().nbytes()
+                    break
 
     def place(self) -> str:
         """The innermost module being called, for messages."""
@@ -178,26 +209,29 @@ class Recorder:
             node.output_shape = tuple(outputs[0].shape)
         for tensor in outputs:
             if tensor.requires_grad:
-                node.output_grad_bytes += tensor.numel() * tensor.element_size()
+                node.output_grad_bytes += tensor.numel() * self._error_bits(node, tensor) // 8
         if node.module is not None:
             for weight in self._own_weights(node.module):
                 self._claim(weight, node)
 
+    def _error_bits(self, node: Node, tensor: Tensor) -> int:
+        if self.error_bits is None:
+            return tensor.element_size() * 8
+        return self.error_bits(node.name.partition("#")[0])
+
     def _own_weights(self, module: nn.Module) -> Iterator[Tensor]:
         """What `functional_call` has put in the place of a leaf's parameters and buffers."""
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.untyped_storage() in self._unclaimed:
-                yield tensor
+        yield from (*module.parameters(), *module.buffers())
 
-    def _claim(self, tensor: Tensor, node: Node) -> None:
-        weight = self._unclaimed.pop(tensor.untyped_storage(), None)
-        if weight is None:
+    def _claim(self, weight: Tensor, node: Node) -> None:
+        """A weight belongs to the first layer that uses it."""
+        num_bytes, gradient_bytes = self._unclaimed.pop(id(weight), (0, 0))
+        if not num_bytes:
             return
-        num_bytes = weight.numel() * weight.element_size()
         node.weight_bytes += num_bytes
         if isinstance(weight, nn.Parameter):
             node.num_parameters += weight.numel()
-            node.weight_grad_bytes += num_bytes if weight.requires_grad and torch.is_grad_enabled() else 0
+            node.weight_grad_bytes += gradient_bytes if torch.is_grad_enabled() else 0
 
     # Operations
 
@@ -214,7 +248,7 @@ class Recorder:
                 self._at = node.name
             if is_recomputing():
                 self.recomputed_macs += multiply_adds(operation, args, out)[0]
-        during = self.phase if self.phase == "loss" else f"{self._at} {self.phase}".strip()
+        during = self.phase if self.phase in ("loss", "update") else f"{self._at} {self.phase}".strip()
         self.live.touch(live_before + passing_bytes(operation, args, out), during=during)
         for tensor in tensors_in(out):
             self.live.hold(tensor, during=during)
@@ -230,7 +264,7 @@ class Recorder:
         for tensor in tensors_in(args):
             storage = tensor.untyped_storage()
             if storage in self._weights:
-                self._claim(tensor, node)
+                self._claim(self._weights[storage], node)
             writer = self._writers.get(storage)
             if writer is not None and writer != node.name and writer not in node.inputs:
                 node.inputs.append(writer)
@@ -245,15 +279,8 @@ class Recorder:
             self._by_sequence[torch._C._autograd._get_sequence_nr() - 1] = node
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Saved-tensors hook: count what autograd keeps, once, at the layer that wrote it first."""
-        storage = tensor.untyped_storage()
-        if self.phase == "forward" and storage not in self._kept and storage not in self._weights:
-            self._kept[storage] = True
-            writer = self._writers.get(storage)
-            for node in reversed(self.nodes):
-                if node.name == writer:
-                    node.kept_bytes += storage.nbytes()
-                    break
+        """Saved-tensors hook: count what autograd keeps as it is."""
+        self.keep_as(tensor, tensor)
         return tensor
 
 
@@ -293,16 +320,8 @@ class OperationObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-NO_WORK = frozenset({"_unsafe_view", "alias", "detach", "empty", "lift_fresh"})
+NO_WORK = frozenset({"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh"})
 """Operations that move no data although the dispatcher does not call them views."""
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether one call of `module` is one layer."""
-    if isinstance(module, nn.MultiheadAttention):
-        return True  # it uses its child's weights without calling it
-    children = [name for name, _ in module.named_children()]
-    return not children or (parametrize.is_parametrized(module) and children == ["parametrizations"])
 
 
 def module_kind(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """Reads a network as the ops that a placement divides: what is computed, from what, with which parameters.
 
 `torch.fx` runs the network's Python code once with stand-ins for tensors and writes down the calls: one op for each
-leaf module (as `windlass.networks.recorder.is_leaf` has it) and for each function outside of one, named as
+leaf module (as `windlass.layers.leaf.is_leaf` has it) and for each function outside of one, named as
 `windlass.networks.capture` names its layers.  Then the calls run on fake tensors of two batch sizes, which gives the
 shapes and shows what depends on the batch.
 
@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from windlass.errors import ConfigError
-from windlass.networks.recorder import is_leaf, kind_of
+from windlass.layers.leaf import is_leaf
+from windlass.networks.recorder import kind_of
 from windlass.parallel.calls import (
     FUNCTION_MODULES,
     Call,

@@ -67,6 +67,7 @@ class Graph:
         peak_bytes: predicted most bytes of tensors alive at once in a step (forward, loss, backward).
         peak_at: the layer or phase where that peak lies.
         recomputed_macs: multiply-adds that the backward pass makes again, where activations are not kept.
+        number_format: the recipe in whose formats numbers are kept; the peak is then of the update too.
     """
 
     network: str
@@ -76,6 +77,7 @@ class Graph:
     peak_bytes: int
     peak_at: str
     recomputed_macs: int = 0
+    number_format: str = "float32"
 
     @property
     def num_parameters(self) -> int:

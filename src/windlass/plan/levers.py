@@ -13,6 +13,7 @@ from windlass.errors import ConfigError, unknown
 from windlass.plan.convolution import CONV_ALGORITHMS
 from windlass.plan.mesh import Mesh
 from windlass.plan.pick import ALLREDUCE_NAMES, AUTO, Picks
+from windlass.plan.recipe import PRESETS, parse_recipe
 
 Value = str | int | bool
 
@@ -89,7 +90,8 @@ def check_parallel(text: str) -> None:
 
 LEVERS: dict[str, Lever] = {
     "convolution": Lever("algorithm of every convolution; auto: each layer its own", CONVOLUTIONS, "torch"),
-    "number_format": Lever("how numbers are stored and computed", ("float32",), "float32"),
+    "number_format": Lever("how numbers are kept: a recipe by role, as in fixed16,errors=<4,12>,rounding=nearest",
+                           tuple(PRESETS), "float32", grammar=parse_recipe),
     "layout": Lever("order of a tensor's dimensions in memory", ("contiguous", "channels_last"), "contiguous"),
     "parallel": Lever("what the workers divide among them; a file holds any placement", PARALLEL, "data",
                       grammar=check_parallel),

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from windlass.report.curves import Chart
 
+MANY_ROWS = 40
+"""A longer table starts folded."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
@@ -62,7 +65,25 @@ class Bars:
     kind: str = "bars"
 
 
-Block = Chart | Table | Bars
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remark:
+    """Sentences beside a word whose `tone`, ``plain``, ``good``, ``fair`` or ``bad``, colours it."""
+
+    word: str
+    tone: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """What is to be said before figures are shown."""
+
+    title: str
+    remarks: tuple[Remark, ...]
+    kind: str = "words"
+
+
+Block = Chart | Table | Bars | Words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -265,6 +265,12 @@ def thinned(x: Values, y: Values, *, color: str, label: str) -> Shape:
     return Shape(color=color, x=[x[i] for i in kept], y=[y[i] for i in kept], label=label)
 
 
+def line_and_dots(x: Values, y: Values, *, color: str, label: str) -> list[Shape]:
+    """A line through few points that stay visible; many points make a line alone."""
+    line = thinned(x, y, color=color, label=label)
+    return [line] if len(y) > 60 else [line, Shape(color=color, x=x, y=y, style="dots")]
+
+
 Point = tuple[int, int, int]
 
 

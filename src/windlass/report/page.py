@@ -14,7 +14,7 @@ from pathlib import Path
 from windlass.errors import ConfigError, WriteError
 from windlass.report import units
 from windlass.report.blocks import Bars, Cell, Column, Section, Table, section
-from windlass.report.curves import Shape, chart, smoothed
+from windlass.report.curves import Shape, chart, line_and_dots, smoothed
 from windlass.report.figures import (
     FIGURES,
     best_epoch,
@@ -30,7 +30,6 @@ from windlass.report.figures import (
 from windlass.report.run import Run, load_run
 from windlass.report.sections import (
     epoch_points,
-    line_and_dots,
     one_per_run,
     sections,
     time_bars,

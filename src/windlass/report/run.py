@@ -44,6 +44,7 @@ class Run:
             lacks a value or the value itself was not finite.
         epochs, checkpoints, resumes: rows of those kinds, in order.
         losses: rows of ranks that died while the others went on.
+        precisions: what rounding did, an epoch each (`windlass.runs.tally`); none where nothing was rounded.
         end: the row that closes the run; None where it still runs or was killed.
         problems: one sentence for each thing that a reader should know before trusting the page.
     """
@@ -61,6 +62,7 @@ class Run:
     end: Row | None
     problems: tuple[str, ...]
     losses: tuple[Row, ...] = ()
+    precisions: tuple[Row, ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -101,6 +103,7 @@ def load_run(folder: Path) -> Run:
         checkpoints=tuple(metrics.checkpoints),
         resumes=tuple(metrics.resumes),
         losses=tuple(metrics.losses),
+        precisions=tuple(metrics.precisions),
         end=metrics.end,
         problems=(*problems, *_remarks(metrics)),
     )
@@ -125,6 +128,7 @@ class _Metrics:
     checkpoints: list[Row] = field(default_factory=list)
     resumes: list[Row] = field(default_factory=list)
     losses: list[Row] = field(default_factory=list)
+    precisions: list[Row] = field(default_factory=list)
     end: Row | None = None
 
     def add(self, row: Row) -> None:
@@ -141,6 +145,8 @@ class _Metrics:
                 self.resumes.append(row)
             case "lost":
                 self.losses.append(row)
+            case "precision":
+                self.precisions.append(row)
             case "end":
                 self.end = row
 
@@ -166,6 +172,7 @@ class _Metrics:
             del column[keep:]
         self.epochs = [row for row in self.epochs if (finite(row.get("step")) or 0) <= step]
         self.checkpoints = [row for row in self.checkpoints if (finite(row.get("step")) or 0) <= step]
+        self.precisions = [row for row in self.precisions if (finite(row.get("step")) or 0) <= step]
         self.end = None
 
 

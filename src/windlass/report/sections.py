@@ -13,8 +13,8 @@ from typing import Any
 
 from windlass.plan.graph import Layer
 from windlass.report import units
-from windlass.report.blocks import Bars, Cell, Column, Part, Section, Table, section
-from windlass.report.curves import Chart, Shape, buckets, chart, mean, noise, smoothed, thinned
+from windlass.report.blocks import MANY_ROWS, Bars, Cell, Column, Part, Section, Table, section
+from windlass.report.curves import Chart, Shape, buckets, chart, line_and_dots, mean, noise, smoothed, thinned
 from windlass.report.figures import (
     Phase,
     best_epoch,
@@ -27,10 +27,8 @@ from windlass.report.figures import (
     total,
     without_accuracy,
 )
+from windlass.report.precision import numbers
 from windlass.report.run import Row, Run, finite
-
-MANY_ROWS = 40
-"""A longer table starts folded."""
 
 NUM_SLICES = 160
 """Most slices of the run in which the parts of a step are averaged."""
@@ -265,6 +263,7 @@ def pairs(title: str, texts: dict[str, str]) -> Table:
 
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     learning,
+    numbers,
     time,
     communication,
     progress,
@@ -285,12 +284,6 @@ def epoch_points(run: Run, key: str) -> tuple[list[float], list[float]]:
     known = [(finite(row.get("step")), finite(row.get(key))) for row in run.epochs]
     kept = [(step, value) for step, value in known if step is not None and value is not None]
     return [step for step, _ in kept], [value for _, value in kept]
-
-
-def line_and_dots(x: Sequence[float], y: Sequence[float], *, color: str, label: str) -> list[Shape]:
-    """A line through few points that stay visible; many points make a line alone."""
-    line = thinned(x, y, color=color, label=label)
-    return [line] if len(y) > 60 else [line, Shape(color=color, x=x, y=y, style="dots")]
 
 
 def _train_and_test(run: Run, key: str) -> list[Shape]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from windlass.errors import WriteError
 from windlass.runs.files import write_atomically
+from windlass.runs.tally import scalars
 
 Row = Mapping[str, Any]
 FLUSH_S = 1.0
@@ -90,6 +91,8 @@ class MetricsWriter:
         for name in names:
             if row.get(name) is not None:
                 self._board.add_scalar(f"{row['kind']}/{name}", row[name], row["step"])
+        for name, value in scalars(row).items() if row["kind"] == "precision" else ():
+            self._board.add_scalar(f"precision/{name}", value, row["step"])
 
 
 def load_board() -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from windlass.plan.graph import Graph
 from windlass.plan.levers import LEVERS, Value
 from windlass.plan.plan import Choice, LayerChoice, Plan
+from windlass.plan.recipe import ROLES, parse_recipe, spell_format
 
 CHANNELS_LAST_FROM = 64
 """Input channels from which a convolution counts as one that gains from channels_last: a rule of thumb."""
@@ -43,7 +44,7 @@ def choose_plan(
     reason = PARALLEL_REASONS.get(parallel.partition(":")[0], "asked for: the file's placement")
     chosen = {
         "convolution": Choice("torch", "PyTorch's own (oneDNN); tune: model or measure chooses for each layer"),
-        "number_format": Choice("float32", "the one number format there is so far"),
+        "number_format": _number_format(str(asked.get("number_format", "float32"))),
         "layout": _layout(graph),
         "parallel": Choice(parallel, reason.format(workers=workers, batch=batch)),
         "mesh": Choice(asked.get("mesh", LEVERS["mesh"].default), "the workers' order is the placement's"),
@@ -64,6 +65,15 @@ def choose_plan(
         levers=chosen,
         layers=tuple(LayerChoice(layer.name, layer.kind, "torch") for layer in convolutions),
     )
+
+
+def _number_format(text: str) -> Choice:
+    """The recipe that is asked for, and what it keeps in how many bits."""
+    recipe = parse_recipe(text)
+    if recipe.is_plain:
+        return Choice(text, "32 bits everywhere; fixed16, float16 and bfloat16 halve what training keeps")
+    kept = ", ".join(f"{role} {spell_format(getattr(recipe, role))}" for role in ROLES)
+    return Choice(text, f"asked for: {kept}, {recipe.rounding} rounding; sums are made in float32")
 
 
 def _accumulate(graph: Graph, plain: Graph | None, parts: int) -> Choice:
