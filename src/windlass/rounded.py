@@ -10,7 +10,6 @@ float32 gradients, and the sum is rounded once, so that any number of workers tr
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -164,7 +163,7 @@ class RoundedTrainer(Trainer):
         """What rounding did since the last time, as a row of metrics; says what no longer moves."""
         progress, rows = self.progress, self.lowered.rows()
         self.lowered.reset_counters()
-        if self.world.rank != 0 or not rows or math.isnan(progress.loss_sum):
+        if self.world.rank != 0 or not rows:
             return
         row = {
             "kind": "precision",
