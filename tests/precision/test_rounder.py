@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from windlass.errors import ConfigError
 from windlass.kernels.jit import DISABLED
-from windlass.kernels.rounding import TASK
+from windlass.kernels.rounding.flat import LEAST_TASK
 from windlass.plan.number import Rounding
 from windlass.precision import Counters, Key, dequantize, fixed, parse_format, quantize
 from windlass.precision.rounder import Rounder, memory_order, widen
@@ -42,8 +42,8 @@ def tensors() -> dict[str, Tensor]:
         "empty": torch.randn(0, 3),
         "scalar": torch.tensor(0.3),
         "odd": torch.randn(13, 7),
-        "largest at once": torch.randn(TASK),
-        "two tasks": torch.randn(TASK + 1),
+        "largest at once": torch.randn(LEAST_TASK),
+        "two tasks": torch.randn(LEAST_TASK + 1),
         "large": torch.randn(100003),
         "parameter": torch.nn.Parameter(torch.randn(40)),
         "channels_last": images.to(memory_format=torch.channels_last),
@@ -85,7 +85,7 @@ def test_in_place_and_to_other_strides() -> None:
 
 def test_codes_of_nan_are_zero_and_counted() -> None:
     x = torch.tensor([0.5, float("nan"), float("inf"), 2.0**-20])
-    for size in (4, 3 * TASK):
+    for size in (4, 3 * LEAST_TASK):
         big = x.repeat(size // 4)
         out = torch.full((size,), 7, dtype=torch.int16)
         Rounder(NUMBER, "nearest", torch.int16, counted=False)(big, out, KEY.words)

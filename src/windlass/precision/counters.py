@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from windlass.kernels.rounding import Counts
-
 
 @dataclass(slots=True)
 class Counters:
@@ -25,13 +23,14 @@ class Counters:
     not_a_number: int = 0
     error_sum: float = 0.0
 
-    def add(self, counts: Counts, elements: int) -> None:
-        """Adds what happened to `elements` more elements."""
+    def add(self, counts: tuple[int, int, int, float], elements: int) -> None:
+        """Adds what happened to `elements` more elements: what `kernels.rounding.Counts` holds."""
+        saturated, zeroed, not_a_number, error = counts
         self.elements += elements
-        self.saturated += counts.saturated
-        self.zeroed += counts.zeroed
-        self.not_a_number += counts.not_a_number
-        self.error_sum += counts.error
+        self.saturated += saturated
+        self.zeroed += zeroed
+        self.not_a_number += not_a_number
+        self.error_sum += error
 
     @property
     def mean_error(self) -> float:

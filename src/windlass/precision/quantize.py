@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from windlass.errors import ConfigError
-from windlass.kernels.rounding import Counts
 from windlass.plan.number import FLOAT32, STORAGE_BITS, Fixed, Key, NumberFormat, Rounding, check_rounding, parse_format
 from windlass.precision.counters import Counters
 from windlass.precision.rounder import Rounder, widen
@@ -165,7 +164,7 @@ def _round(
     if done is None:
         return
     if counters is not None:
-        counters.add(Counts(*done), x.numel())
+        counters.add(done, x.numel())
     elif done[2]:
         raise ConfigError(
             f"{done[2]} of {x.numel()} numbers are NaN, for which {number} has no code; "

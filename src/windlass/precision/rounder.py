@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from windlass.errors import ConfigError
-from windlass.kernels.rounding import TASK, Counts, Pass, widen_codes
+from windlass.kernels.rounding import Counts, Pass, widen_codes
 from windlass.kernels.rounding.reference import Words
 from windlass.plan.number import FLOAT32, Fixed, NumberFormat, Rounding, check_rounding, parse_format
 from windlass.precision.counters import Counters
@@ -30,7 +30,7 @@ COUNTING: dict[bool | Literal["nan"], str] = {False: "nothing", True: "all", "na
 
 _CODES = (torch.int8, torch.int16, torch.int32)
 _WIDEN = {dtype: widen_codes(STORAGES[dtype]) for dtype in _CODES}
-_PLAIN = frozenset({Tensor, Parameter})
+PLAIN = frozenset({Tensor, Parameter})
 _Counted = tuple[int, int, int, float]
 
 
@@ -50,7 +50,7 @@ class Rounder:
     [8192, -32768]
     """
 
-    __slots__ = ("_alone", "_direct", "_pass", "counted", "dtype", "number", "rounding")
+    __slots__ = ("_direct", "_most", "_numbers", "_pass", "counted", "dtype", "number", "rounding")
 
     def __init__(
         self, fmt: NumberFormat | str, rounding: Rounding, dtype: torch.dtype, counted: bool | Literal["nan"]
@@ -59,7 +59,8 @@ class Rounder:
         self.dtype, self.counted = dtype, counted
         self._pass = None if self.number == FLOAT32 else _prepared(self.number, self.rounding, dtype, counted)
         self._direct: Callable[..., _Counted] | None = None if self._pass is None else self._pass.direct
-        self._alone = () if self._pass is None else self._pass.alone
+        self._numbers: tuple[float, ...] = () if self._pass is None else self._pass.numbers
+        self._most = 0 if self._pass is None else self._pass.most
 
     def __call__(self, x: Tensor, out: Tensor, words: Words, first: int = 0, counters: Counters | None = None) -> None:
         """`out` becomes `x` rounded.
@@ -75,9 +76,9 @@ class Rounder:
         """
         size = x.numel()
         if (
-            size <= TASK
-            and type(x) in _PLAIN
-            and type(out) in _PLAIN
+            size < self._most
+            and type(x) in PLAIN
+            and type(out) in PLAIN
             and out.dtype is self.dtype
             and x.dtype is torch.float32
             and out.numel() == size
@@ -87,11 +88,13 @@ class Rounder:
             and out.is_cpu
             and self._direct is not None
         ):
-            done: _Counted | None = self._direct(x.data_ptr(), out.data_ptr(), size, first, *words, *self._alone)
+            done: _Counted | None = self._direct(
+                x.data_ptr(), out.data_ptr(), size, first, *words, *self._numbers, torch.get_num_threads()
+            )
         else:
             done = self.counts(x, out, words, first)
         if counters is not None and done is not None:
-            counters.add(Counts(*done), size)
+            counters.add(done, size)
 
     def counts(self, x: Tensor, out: Tensor, words: Words, first: int = 0) -> _Counted | None:
         """The same for tensors of any kind and size, and what was counted; None of a `FakeTensor`."""
@@ -135,11 +138,17 @@ class Rounder:
 
 
 def _prepared(number: NumberFormat, rounding: Rounding, dtype: torch.dtype, counted: bool | Literal["nan"]) -> Pass:
-    whole = isinstance(number, Fixed)
+    low, high, step, _ = numbers_of(number)
     return Pass(
-        form="fixed" if whole else number.storage, rounding=rounding, storage=STORAGES[dtype], low=number.lowest,
-        high=number.highest, step=number.quantum if whole else 1.0, counted=COUNTING[counted],
+        form="fixed" if isinstance(number, Fixed) else number.storage, rounding=rounding, storage=STORAGES[dtype],
+        low=low, high=high, step=step, counted=COUNTING[counted],
     )  # fmt: skip
+
+
+def numbers_of(number: NumberFormat) -> tuple[float, float, float, float]:
+    """What kernels know of a format: the ends of its range, its step (1 in floating point) and the step's inverse."""
+    step = float(number.quantum) if isinstance(number, Fixed) else 1.0
+    return float(number.lowest), float(number.highest), step, 1.0 / step
 
 
 def _check(x: Tensor, out: Tensor, dtype: torch.dtype) -> None:
@@ -204,8 +213,8 @@ def widen(codes: Tensor, number: NumberFormat, out: Tensor) -> Tensor:
     size = codes.numel()
     if (
         kernel is not None
-        and type(codes) in _PLAIN
-        and type(out) in _PLAIN
+        and type(codes) in PLAIN
+        and type(out) in PLAIN
         and out.dtype is torch.float32
         and out.numel() == size
         and codes.is_contiguous()

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-
 from windlass.precision.counters import Counters
 
 Place = tuple[str, str]
@@ -37,10 +33,9 @@ class Tally:
         self.formats[place] = number
         return counters
 
-    def note_moved(self, name: str, update: Tensor) -> None:
-        """Counts what is not zero of a rounded update of this parameter."""
-        if not isinstance(update, FakeTensor):
-            self.moved[name] = self.moved.get(name, 0) + int(torch.count_nonzero(update))
+    def note_moved(self, name: str, moved: int) -> None:
+        """Counts updates of this parameter that are not zero after rounding."""
+        self.moved[name] = self.moved.get(name, 0) + moved
 
     def clear(self) -> None:
         """Begins to count anew."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from windlass.plan.number import FLOAT32
+from windlass.precision.adder import adder
 from windlass.precision.sites import Sites
 from windlass.precision.slices import SlicedState, slices
 from windlass.precision.stored import Piece, Stored, hidden, rounder
@@ -52,19 +54,26 @@ class Updates:
             self._updated(entry)
 
     def _add(self, entry: Stored, new: Tensor) -> None:
-        """The same for one parameter, or a part of it; `new` is written."""
+        """The same for one parameter, or a part of it; `new` may be written."""
         sites, rounding, number = self._sites, self._sites.recipe.rounding, entry.update_number
+        update_words, words = sites.words("updates", entry.name), sites.words("weights", entry.name)
+        added = None if number == FLOAT32 else sites.tally.of("updates", entry.name, number)
+        stored = None if entry.number == FLOAT32 else sites.tally.of("weights", entry.name, entry.number)
+        at_once = adder(number, entry.number, rounding)
+        done = at_once(new, entry.codes, update_words, words, entry.first) if at_once is not None else None
+        if done is not None and added is not None and stored is not None:
+            added.add(done[:4], new.numel())
+            stored.add(done[5:], new.numel())
+            sites.tally.note_moved(entry.name, done.moved)
+            return
         old = entry.wide()
         update = torch.sub(new, old, out=new)
         if number != FLOAT32:
-            added = sites.tally.of("updates", entry.name, number)
-            words = sites.words("updates", entry.name)
-            rounder(number, rounding, coded=False)(update, update, words, entry.first, added)
-            sites.tally.note_moved(entry.name, update)
+            rounder(number, rounding, coded=False)(update, update, update_words, entry.first, added)
+            if not isinstance(update, FakeTensor):
+                sites.tally.note_moved(entry.name, int(torch.count_nonzero(update)))
         old.add_(update)
-        counters = None if entry.number == FLOAT32 else sites.tally.of("weights", entry.name, entry.number)
-        words = sites.words("weights", entry.name)
-        rounder(entry.number, rounding, coded=True)(old, entry.codes, words, entry.first, counters)
+        rounder(entry.number, rounding, coded=True)(old, entry.codes, words, entry.first, stored)
 
     def _updated(self, entry: Stored) -> None:
         """All of a parameter has its update."""

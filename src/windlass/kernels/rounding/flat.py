@@ -19,7 +19,10 @@ from windlass.kernels.threads import parallel_for
 
 CHUNK = 1024
 """Numbers between two fills of random bits: 2 KiB of them."""
-TASK = 32 * CHUNK
+LEAST_TASK = 8 * CHUNK
+"""Fewer numbers take less time than it takes to wake a thread."""
+MOST_TASKS = 256
+"""What the stack has room to count apart."""
 
 
 @cache
@@ -48,16 +51,16 @@ def run(form: int, storage: int, rounding: int, counted: int, stream: int) -> An
 
 @cache
 def _task(form: int, storage: int, rounding: int, counted: int, stream: int) -> Any:
-    """Rounds the task-th run of `TASK` numbers; number 0 takes the random bits of position `first`."""
+    """Rounds the task-th run of `share` numbers; number 0 takes the random bits of position `first`."""
     key = (form, storage, rounding, counted, stream)
     neighbours = run(*key)
 
-    def flat_task(task, thread, source, target, size, first, words, numbers, counts, errors):
+    def flat_task(task, thread, source, target, size, share, first, words, numbers, counts, errors):
         ieee()
         src, dst = array_at(0, source, size), array_at(storage, target, size)
         noise = on_stack(4, 1152)  # a chunk, a group for those that begin within a block, a vector beyond the end
-        start = task * 32768  # TASK
-        last = min(size, start + 32768)
+        start = task * share
+        last = min(size, start + share)
         shift = first % 8
         # No functions here: to hand over so many arrays takes as long as the work on a chunk.
         while start + 1024 <= last:  # CHUNK
@@ -76,32 +79,40 @@ def _task(form: int, storage: int, rounding: int, counted: int, stream: int) -> 
     return kernel(flat_task, key=key)
 
 
+@kernel
+def share_of(size):
+    """Numbers of a task: as few as pay, as many as leave no more than `MOST_TASKS`; threads have no say in it."""
+    return max(8192, (size + 262143) // 262144 * 1024)  # LEAST_TASK, MOST_TASKS * CHUNK, CHUNK
+
+
 @cache
 def flat_pass(form: int, storage: int, rounding: int, counted: int, stream: int) -> Any:
-    """flat(source, target, size, first, w0, w1, w2, w3, low, high, step, inverse, counts, errors, tasks, threads).
+    """flat(source, target, size, first, w0, w1, w2, w3, low, high, step, inverse, threads).
 
     Rounds `size` float32 at the address `source` to the address `target`; the first takes the random bits of position
-    `first`, under the key w0 to w3.  At `counts` there is room for three int64 of every task, at `errors` for one
-    float64; for one task both may be 0.  Gives what `Counts` holds.
+    `first`, under the key w0 to w3.  Gives what `Counts` holds.
     """
     key = (form, storage, rounding, counted, stream)
     inner = _task(*key)
 
-    def flat(source, target, size, first, w0, w1, w2, w3, low, high, step, inverse, counts, errors, tasks, threads):
+    def flat(source, target, size, first, w0, w1, w2, w3, low, high, step, inverse, threads):
         numbers = (np.float32(low), np.float32(high), np.float32(step), np.float32(inverse))
-        totals, sums = on_stack(5, 3), on_stack(6, 1)
-        if tasks > 1:
-            totals, sums = array_at(5, counts, 3 * tasks), array_at(6, errors, tasks)
+        counts, errors = on_stack(5, 768), on_stack(6, 256)  # 3 * MOST_TASKS, MOST_TASKS
+        share = share_of(size)
+        tasks = max(1, (size + share - 1) // share)
         for i in range(3 * tasks):
-            totals[i] = 0
+            counts[i] = 0
         for i in range(tasks):
-            sums[i] = 0.0
-        parallel_for(inner, tasks, threads, (source, target, size, first, (w0, w1, w2, w3), numbers, totals, sums))
+            errors[i] = 0.0
+        parallel_for(
+            inner, tasks, min(tasks, threads),
+            (source, target, size, share, first, (w0, w1, w2, w3), numbers, counts, errors),
+        )  # fmt: skip
         for task in range(1, tasks):
-            totals[0] += totals[3 * task]
-            totals[1] += totals[3 * task + 1]
-            totals[2] += totals[3 * task + 2]
-            sums[0] += sums[task]
-        return totals[0], totals[1], totals[2], sums[0]
+            counts[0] += counts[3 * task]
+            counts[1] += counts[3 * task + 1]
+            counts[2] += counts[3 * task + 2]
+            errors[0] += errors[task]
+        return counts[0], counts[1], counts[2], errors[0]
 
     return kernel(flat, key=key)

@@ -9,7 +9,7 @@ import numpy as np
 
 from windlass.kernels.jit import LANES
 from windlass.kernels.rounding.convert import COUNTED, FORMS, ROUNDINGS, STORAGE_NAMES, STORAGES
-from windlass.kernels.rounding.flat import TASK, flat_pass
+from windlass.kernels.rounding.flat import flat_pass
 from windlass.kernels.rounding.planes import planes_pass, tiles_of
 from windlass.kernels.rounding.reference import Array, Counts, Words
 
@@ -31,7 +31,8 @@ class Pass:
         counted: one of `COUNTED`: what is counted.  What is not is 0 in the result.
 
     Attributes:
-        alone: what follows the key in a call of `direct`.
+        numbers: the range's ends, the step and its inverse, as `direct` takes them.
+        most: numbers from which on a result may have to go past the caches, as `direct` does not write it.
     """
 
     def __init__(
@@ -41,14 +42,14 @@ class Pass:
         places = (FORMS, form), (STORAGE_NAMES, storage), (ROUNDINGS, rounding), (COUNTED, counted)
         self._key = tuple(names.index(name) for names, name in places)
         self._width = np.dtype(STORAGES[storage]).itemsize
-        self._numbers = float(low), float(high), float(step), 1.0 / step
-        self.alone = *self._numbers, 0, 0, 1, 1  # no room for counts of several tasks; one task, one thread
+        self.numbers = float(low), float(high), float(step), 1.0 / step
+        self.most = STREAM_BYTES // self._width
 
     @cached_property
     def direct(self) -> Any:
-        """The pass over at most `TASK` numbers, by one thread.
+        """The pass over fewer than `most` numbers.
 
-        direct(source, target, size, first, *words, *alone) takes addresses and gives what `Counts` holds.
+        direct(source, target, size, first, *words, *numbers, threads) takes addresses and gives what `Counts` holds.
         """
         return flat_pass(*self._key, 0)
 
@@ -57,14 +58,8 @@ class Pass:
 
         Number i takes the random bits of position `first` + i of the key `words`.  At most so many threads.
         """
-        if size <= TASK:
-            return Counts(*self.direct(source, target, size, first, *words, *self.alone))
-        tasks = -(-size // TASK)
-        counts, errors = np.empty(3 * tasks, np.int64), np.empty(tasks)
         kernel = flat_pass(*self._key, self._stream(source, target, size))
-        room = counts.ctypes.data, errors.ctypes.data
-        threads = max(1, min(threads, tasks))
-        return Counts(*kernel(source, target, size, first, *words, *self._numbers, *room, tasks, threads))
+        return Counts(*kernel(source, target, size, first, *words, *self.numbers, max(1, threads)))
 
     def planes(
         self, source: int, target: int, planes: tuple[int, int, int], first: int, words: Words, threads: int
@@ -81,7 +76,7 @@ class Pass:
         tiles = tiles_of(planes, threads)
         counts, errors = np.zeros(3 * tiles.tasks, np.int64), np.zeros(tiles.tasks)
         planes_pass(*self._key, stream)(
-            source, target, size, first, *words, *self._numbers, counts, errors, *tiles.scratch, *tiles.cut,
+            source, target, size, first, *words, *self.numbers, counts, errors, *tiles.scratch, *tiles.cut,
             tiles.tasks, tiles.threads,
         )  # fmt: skip
         saturated, zeroed, nan = counts.reshape(-1, 3).sum(axis=0).tolist()
