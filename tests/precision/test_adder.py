@@ -12,7 +12,7 @@ from windlass.precision.quantize import DTYPES
 from windlass.precision.rounder import Rounder, widen
 
 UPDATE_KEY, KEY = Key(7, 3, 2), Key(7, 4, 2)
-SIZES = (0, 1, 15, 17, 1025, 8193) if DISABLED else (0, 1, 15, 17, 1025, 8193, 100003, 256 * 8192 + 5)
+SIZES = (0, 1, 15, 17, 1025) if DISABLED else (0, 1, 15, 17, 1025, 16385, 100003, 256 * 16384 + 5)
 
 
 def by_hand(
@@ -28,10 +28,14 @@ def by_hand(
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest", "floor"])
-@pytest.mark.parametrize(("update", "number"), [("<2,14>", "<2,14>"), ("<1,19>", "<4,12>"), ("float16", "<1,7>"),
-                                                ("bfloat16", "<4,20>")])  # fmt: skip
-def test_one_pass_is_what_six_are(size: int, rounding: Rounding, update: str, number: str) -> None:
+@pytest.mark.parametrize(
+    ("update", "number", "rounding"),
+    [
+        ("<2,14>", "<2,14>", "stochastic"), ("<1,19>", "<4,12>", "nearest"), ("<2,14>", "<4,12>", "floor"),
+        ("float16", "<1,7>", "stochastic"), ("bfloat16", "<4,20>", "nearest"),
+    ],
+)  # fmt: skip
+def test_one_pass_is_what_six_are(size: int, update: str, number: str, rounding: Rounding) -> None:
     generator = torch.Generator().manual_seed(size)
     change, weight = parse_format(update), parse_format(number)
     codes = torch.randint(-100, 100, (size,), generator=generator).to(DTYPES[weight.storage])

@@ -35,6 +35,9 @@ QPYTORCH_EVERY = 3
 COMPUTES_NOTHING = (nn.Identity, nn.Flatten, nn.Dropout)
 WARM_UP = 2
 """Turns that are not counted; QPyTorch takes part in the first."""
+TURN_S = 0.05
+"""A turn has as many steps as float32 makes in this time, one at least: as in training, one finds the caches as the one
+before has left them."""
 Step = Callable[[], float]
 
 SIZES: dict[str, tuple[tuple[int, int], ...]] = {"lenet5": ((32, 64), (32, 256)), "resnet18": ((32, 64), (224, 8))}
@@ -122,6 +125,7 @@ def _measure(
     seconds: dict[str, dict[int, float]] = {by: {} for by in steps}
     losses: dict[str, list[float]] = {by: [] for by in steps}
     names = list(steps)
+    repeats = told = 1
     for turn in range(-WARM_UP, turns):
         first = turn % len(names)
         for by in names[first:] + names[:first]:
@@ -129,9 +133,13 @@ def _measure(
                 continue
             on_turn(f"{case}, {by}")
             started = time.perf_counter()
-            losses[by].append(steps[by]())
+            losses[by] += [steps[by]() for _ in range(repeats)]
+            taken = (time.perf_counter() - started) / repeats
             if turn >= 0:
-                seconds[by][turn] = time.perf_counter() - started
+                seconds[by][turn] = taken
+            elif turn == -1 and by == FLOAT32:
+                told = max(1, round(TURN_S / taken))
+        repeats = told if turn == -1 else repeats
     return seconds, losses
 
 

@@ -86,7 +86,7 @@ class Fixed:
     @property
     def storage(self) -> str:
         """The smallest type that holds a code."""
-        return f"int{next(bits for bits in STORAGE_BITS if bits >= self.wl)}"
+        return "int8" if self.wl <= 8 else "int16" if self.wl <= 16 else "int32"
 
     @property
     def bits(self) -> int:

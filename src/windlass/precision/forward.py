@@ -178,6 +178,12 @@ class Forward(TorchFunctionMode):
         """Runs `func` with numbers in the place of hidden parameters; outside of layers it is one itself."""
         kind = kind_of(func)
         kwargs = kwargs or {}
+        if kind.is_plain and self._layer is not None:
+            for x in args:
+                if id(x) in self._stored or type(x) is list or type(x) is tuple:
+                    args = self._shown_among(kind, args)
+                    break
+            return func(*args, **self._shown_named(kwargs)) if kwargs else func(*args)
         if kind.name == "linear" and self.take_rows is not None and self._is_large(args):
             return self._linear(*args, **kwargs)
         if kind.reads:
@@ -309,17 +315,14 @@ class Forward(TorchFunctionMode):
 
     def _rounded(self, output: Any, name: str, given: Given) -> Any:
         """A layer's output, with all floating tensors in it rounded that it was not given."""
-        if isinstance(output, tuple | list):
-            parts = [self._rounded(part, name, given) for part in output]
-            return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-        if isinstance(output, dict):
-            return {key: self._rounded(part, name, given) for key, part in output.items()}
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if not isinstance(output, Tensor):
+            return self._each_rounded(output, name, given)
+        if not output.is_floating_point():
             return output
         site = self.sites.site(name)
         if site.is_plain or any(output is x for x in given.tensors):
             return output
-        if output.dtype != torch.float32:
+        if output.dtype is not torch.float32:
             raise ConfigError(f"layer {name}: a network under a recipe computes in float32, got {output.dtype}")
         rounded = self._round(output, site, given)
         if self.on_round is not None:
@@ -327,6 +330,15 @@ class Forward(TorchFunctionMode):
         if self._keeps:
             self.kept.know(rounded, site.number)
         return rounded
+
+    def _each_rounded(self, output: Any, name: str, given: Given) -> Any:
+        """The same for what a layer gives instead of a tensor."""
+        if isinstance(output, tuple | list):
+            parts = [self._rounded(part, name, given) for part in output]
+            return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+        if isinstance(output, dict):
+            return {key: self._rounded(part, name, given) for key, part in output.items()}
+        return output
 
     def _round(self, output: Tensor, site: Site, given: Given) -> Tensor:
         if output.grad_fn is not None and torch.is_grad_enabled():

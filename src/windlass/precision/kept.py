@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from windlass.plan.number import BFLOAT16, FLOAT16, FLOAT32, NumberFormat
 from windlass.precision.quantize import DTYPES
-from windlass.precision.rounder import widen
-from windlass.precision.stored import Stored, rounder
+from windlass.precision.rounder import Rounder, widen
+from windlass.precision.stored import Stored
 
 SMALL_PLANE = 1 << 16
 """Pixels that indices of 16 bits can tell apart."""
@@ -30,7 +30,7 @@ LEAST = 64
 
 
 class Packed:
-    """A storage of float32 numbers in 16 bits, as one line.
+    """A storage of float32 numbers in 16 bits.
 
     Attributes:
         codes: its numbers; None: not yet, or they have changed since they were saved.
@@ -45,15 +45,14 @@ class Packed:
 
     def wide(self, shape: torch.Size) -> Tensor:
         """The storage again, in float32 and this shape."""
-        if self.codes is None:
+        codes = self.codes
+        if codes is None:
             raise RuntimeError("a tensor that the backward pass needs was changed in place after it was saved")
-        out = torch.empty(shape)
-        widen(self.codes, self.number, out.view(self.codes.shape))
-        return out
+        return widen(codes if codes.shape == shape else codes.view(shape), self.number, torch.empty(shape))
 
     def line(self) -> Tensor:
         """The storage again, as one line."""
-        return self.wide(torch.Size() if self.codes is None else self.codes.shape)
+        return self.wide(torch.Size(() if self.codes is None else (self.codes.numel(),)))
 
 
 class View(NamedTuple):
@@ -102,9 +101,8 @@ class Indices(NamedTuple):
     codes: Tensor
 
 
-@dataclass(eq=False, slots=True)
-class Known:
-    """What is known of a storage.
+class Known(weakref.ref[torch.UntypedStorage]):
+    """What is known of a storage, to which it is a weak reference.
 
     Attributes:
         number: the format of all its numbers; None: any.
@@ -112,14 +110,16 @@ class Known:
         stays: whether it is held elsewhere, and not packed.
         weight: the parameter whose widened numbers these are.
         packed: the copy, as long as somebody has it.
+        key: of the storage among all.
     """
 
-    alive: weakref.ref[torch.UntypedStorage]
-    number: NumberFormat | None = None
-    version: int = 0
-    stays: bool = False
-    weight: Stored | None = None
-    packed: Callable[[], Packed | None] = lambda: None
+    __slots__ = ("key", "number", "packed", "stays", "version", "weight")
+    number: NumberFormat | None
+    version: int
+    stays: bool
+    weight: Stored | None
+    packed: Callable[[], Packed | None]
+    key: int
 
 
 class Kept:
@@ -153,8 +153,15 @@ class Kept:
         if before is not None and before.version == version and before.weight is weight:
             before.number, before.stays = number, stays
             return
-        alive = weakref.ref(storage, lambda _: self._known.pop(key, None))
-        self._known[key] = Known(alive, number, version, stays, weight)
+        known = self._known[key] = Known(storage, self._forget)
+        known.key, known.number, known.version, known.stays = key, number, version, stays
+        known.weight, known.packed = weight, _nothing
+
+    def _forget(self, known: weakref.ref[torch.UntypedStorage]) -> None:
+        """A storage is no more."""
+        assert isinstance(known, Known)
+        if self._known.get(known.key) is known:
+            del self._known[known.key]
 
     def number_of(self, x: Tensor) -> NumberFormat | None:
         """The format of all numbers of the storage of `x`, if that is known."""
@@ -213,16 +220,17 @@ class Kept:
         if found is None:
             found = Packed()
             known.packed = weakref.ref(found)
-            self._waiting.append((x.detach(), known.version, found))
+            self._waiting.append((x, known.version, found))
         return found
 
     def _fill(self, x: Tensor, packed: Packed) -> None:
         number = self.number_of(x)
         packed.number = self.inside if number is None or number == FLOAT32 else number
         size = x.untyped_storage().nbytes() // 4
-        line = x if size == x.numel() and x.is_contiguous() else x.as_strided((size,), (1,), 0)
-        packed.codes = torch.empty((size,), dtype=DTYPES[packed.number.storage])
-        rounder(packed.number, "nearest", coded=True)(line, packed.codes.view(line.shape), (0, 0, 0, 0))
+        line = x if size == x.numel() and x.is_contiguous() else x.detach().as_strided((size,), (1,), 0)
+        rounds = _packer(packed.number)
+        packed.codes = torch.empty(line.shape, dtype=rounds.dtype)
+        rounds(line, packed.codes, (0, 0, 0, 0))
         if self.on_keep is not None:
             self.on_keep(x, packed.codes)
 
@@ -232,6 +240,16 @@ class Kept:
         if self.on_keep is not None:
             self.on_keep(x, codes)
         return Indices(codes)
+
+
+@cache
+def _packer(number: NumberFormat) -> Rounder:
+    """What packs numbers of this format."""
+    return Rounder(number, "nearest", DTYPES[number.storage], counted=False)
+
+
+def _nothing() -> None:
+    """Stands for a copy that nobody has."""
 
 
 def version_of(x: Tensor) -> int:

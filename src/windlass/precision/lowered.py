@@ -213,7 +213,8 @@ class Lowered:
         if entry.gradient is not None:
             gradient = entry.wide_gradient(torch.empty_like(entry.codes, dtype=torch.float32)).add_(gradient)
         else:
-            entry.gradient = torch.empty_like(entry.codes, dtype=DTYPES[entry.gradient_number.storage])
+            dtype = rounder(entry.gradient_number, self.recipe.rounding, coded=True).dtype
+            entry.gradient = torch.empty_like(entry.codes, dtype=dtype)
         self._round_gradient(entry, gradient, entry.gradient, coded=True)
         parameter.grad = None
 

@@ -212,8 +212,7 @@ def widen(codes: Tensor, number: NumberFormat, out: Tensor) -> Tensor:
     kernel = _WIDEN.get(codes.dtype)
     size = codes.numel()
     if (
-        kernel is not None
-        and type(codes) in PLAIN
+        type(codes) in PLAIN
         and type(out) in PLAIN
         and out.dtype is torch.float32
         and out.numel() == size
@@ -222,7 +221,10 @@ def widen(codes: Tensor, number: NumberFormat, out: Tensor) -> Tensor:
         and codes.is_cpu
         and out.is_cpu
     ):
-        kernel(codes.data_ptr(), out.data_ptr(), size, number.quantum, torch.get_num_threads())
+        if kernel is not None:
+            kernel(codes.data_ptr(), out.data_ptr(), size, number.quantum, torch.get_num_threads())
+        else:
+            out.copy_(codes)
     elif not (isinstance(codes, FakeTensor) or isinstance(out, FakeTensor)):
         _widen_slowly(codes, number, out)
     return out

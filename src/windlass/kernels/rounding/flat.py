@@ -19,7 +19,7 @@ from windlass.kernels.threads import parallel_for
 
 CHUNK = 1024
 """Numbers between two fills of random bits: 2 KiB of them."""
-LEAST_TASK = 8 * CHUNK
+LEAST_TASK = 16 * CHUNK
 """Fewer numbers take less time than it takes to wake a thread."""
 MOST_TASKS = 256
 """What the stack has room to count apart."""
@@ -51,30 +51,32 @@ def run(form: int, storage: int, rounding: int, counted: int, stream: int) -> An
 
 @cache
 def _task(form: int, storage: int, rounding: int, counted: int, stream: int) -> Any:
-    """Rounds the task-th run of `share` numbers; number 0 takes the random bits of position `first`."""
+    """Rounds one of `lots` lots of runs of `share` numbers; number 0 takes the random bits of position `first`."""
     key = (form, storage, rounding, counted, stream)
     neighbours = run(*key)
 
-    def flat_task(task, thread, source, target, size, share, first, words, numbers, counts, errors):
+    def flat_task(lot, thread, source, target, size, share, lots, first, words, numbers, counts, errors):
         ieee()
         src, dst = array_at(0, source, size), array_at(storage, target, size)
         noise = on_stack(4, 1152)  # a chunk, a group for those that begin within a block, a vector beyond the end
-        start = task * share
-        last = min(size, start + share)
         shift = first % 8
-        # No functions here: to hand over so many arrays takes as long as the work on a chunk.
-        while start + 1024 <= last:  # CHUNK
-            if rounding == 0:
-                fill_groups(4, noise, 0, (first + start) // 8, 4, words, src, start + 1024)
-                if shift > 0:
-                    fill_groups(1, noise, 1024, (first + start) // 8 + 128, 1, words, src, start + 1024)
-            convert(form, storage, rounding, counted, stream, src, start, dst, start, noise, shift, 64, numbers,
-                    counts, errors, task)  # fmt: skip
-            start += 1024
-        if start < last:
-            if rounding == 0:
-                fill(noise, 0, (first + start) // 8, (last - start + shift + 63) // 64, words, src, start)
-            neighbours(src, dst, start, last - start, noise, shift, numbers, counts, errors, task)
+        tasks = (size + share - 1) // share
+        for task in range(lot * tasks // lots, (lot + 1) * tasks // lots):
+            start = task * share
+            last = min(size, start + share)
+            # No functions here: to hand over so many arrays takes as long as the work on a chunk.
+            while start + 1024 <= last:  # CHUNK
+                if rounding == 0:
+                    fill_groups(4, noise, 0, (first + start) // 8, 4, words, src, start + 1024)
+                    if shift > 0:
+                        fill_groups(1, noise, 1024, (first + start) // 8 + 128, 1, words, src, start + 1024)
+                convert(form, storage, rounding, counted, stream, src, start, dst, start, noise, shift, 64, numbers,
+                        counts, errors, task)  # fmt: skip
+                start += 1024
+            if start < last:
+                if rounding == 0:
+                    fill(noise, 0, (first + start) // 8, (last - start + shift + 63) // 64, words, src, start)
+                neighbours(src, dst, start, last - start, noise, shift, numbers, counts, errors, task)
 
     return kernel(flat_task, key=key)
 
@@ -82,7 +84,17 @@ def _task(form: int, storage: int, rounding: int, counted: int, stream: int) -> 
 @kernel
 def share_of(size):
     """Numbers of a task: as few as pay, as many as leave no more than `MOST_TASKS`; threads have no say in it."""
-    return max(8192, (size + 262143) // 262144 * 1024)  # LEAST_TASK, MOST_TASKS * CHUNK, CHUNK
+    return max(16384, (size + 262143) // 262144 * 1024)  # LEAST_TASK, MOST_TASKS * CHUNK, CHUNK
+
+
+@kernel
+def lots_of(size, tasks, threads):
+    """Into how many lots the tasks go, which threads take one by one.
+
+    As many as there are threads, where a part of the numbers still lies in the cache of the core that has written it:
+    PyTorch's operators give each thread one range.  Of more numbers every task is a lot, for whichever is free.
+    """
+    return min(tasks, threads) if size <= 1048576 else tasks
 
 
 @cache
@@ -104,9 +116,10 @@ def flat_pass(form: int, storage: int, rounding: int, counted: int, stream: int)
             counts[i] = 0
         for i in range(tasks):
             errors[i] = 0.0
+        lots = lots_of(size, tasks, threads)
         parallel_for(
-            inner, tasks, min(tasks, threads),
-            (source, target, size, share, first, (w0, w1, w2, w3), numbers, counts, errors),
+            inner, lots, min(lots, threads),
+            (source, target, size, share, lots, first, (w0, w1, w2, w3), numbers, counts, errors),
         )  # fmt: skip
         for task in range(1, tasks):
             counts[0] += counts[3 * task]

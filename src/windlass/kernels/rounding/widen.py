@@ -14,10 +14,12 @@ from numba.extending import intrinsic
 from windlass.kernels import emit
 from windlass.kernels.jit import DISABLED, LANES, kernel
 from windlass.kernels.rounding.convert import STORAGE_NAMES
+from windlass.kernels.rounding.flat import lots_of
 from windlass.kernels.rounding.memory import array_at
 from windlass.kernels.threads import parallel_for
 
-TASK = 1 << 16
+TASK = 1 << 15
+"""Fewer numbers take less time than it takes to wake a thread."""
 STREAM_BYTES = 64 << 20
 """Results of at least so many bytes are written past the caches; smaller ones are read from there right after."""
 
@@ -60,10 +62,10 @@ def _widen(storage: int, stream: int) -> Any:
     """widen(source, target, size, step, threads): `size` codes at `source` to float32 at `target`, addresses."""
     key = (storage, stream)
 
-    def widen_task(task, thread, source, target, size, step):
+    def widen_task(lot, thread, source, target, size, lots, step):
         src, dst = array_at(storage, source, size), array_at(0, target, size)
-        start = task * 65536  # TASK
-        last = min(size, start + 65536)
+        vectors = (size + 15) // 16
+        start, last = 16 * (lot * vectors // lots), min(size, 16 * ((lot + 1) * vectors // lots))
         whole = (last - start) // 16
         if whole > 0:
             multiply(stream, src, dst, start, whole, step)
@@ -73,8 +75,8 @@ def _widen(storage: int, stream: int) -> Any:
     inner = kernel(widen_task, key=key)
 
     def widen(source, target, size, step, threads):
-        tasks = (size + 65535) // 65536
-        parallel_for(inner, tasks, min(tasks, threads), (source, target, size, np.float32(step)))
+        lots = lots_of(size, (size + 32767) // 32768, threads)  # TASK
+        parallel_for(inner, lots, min(lots, threads), (source, target, size, lots, np.float32(step)))
 
     return kernel(widen, key=key)
 
