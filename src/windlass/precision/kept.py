@@ -146,10 +146,9 @@ class Kept:
         self, x: Tensor, number: NumberFormat | None = None, *, stays: bool = False, weight: Stored | None = None
     ) -> None:
         """From now on something is known of the storage of `x`."""
-        storage = x.untyped_storage()
+        storage, version = x.untyped_storage(), version_of(x)
         key = storage._cdata
         before = self._known.get(key)
-        version = version_of(x)
         if before is not None and before.version == version and before.weight is weight:
             before.number, before.stays = number, stays
             return
@@ -182,7 +181,7 @@ class Kept:
         if not self._packs or (known is not None and known.stays) or x.dim() < 2 or x.numel() < LEAST:
             return self._as_it_is(x)
         packed = self._packed(x, known)
-        if storage.nbytes() == 4 * x.numel() and x.is_contiguous():
+        if x.is_contiguous() and storage.nbytes() == 4 * x.numel():
             return Line(packed, x.shape)
         return View(packed, x.shape, x.stride(), int(x.storage_offset()))
 
@@ -227,7 +226,7 @@ class Kept:
         number = self.number_of(x)
         packed.number = self.inside if number is None or number == FLOAT32 else number
         size = x.untyped_storage().nbytes() // 4
-        line = x if size == x.numel() and x.is_contiguous() else x.detach().as_strided((size,), (1,), 0)
+        line = x if x.is_contiguous() and size == x.numel() else x.detach().as_strided((size,), (1,), 0)
         rounds = _packer(packed.number)
         packed.codes = torch.empty(line.shape, dtype=rounds.dtype)
         rounds(line, packed.codes, (0, 0, 0, 0))

@@ -383,11 +383,13 @@ def layer_names(model: nn.Module) -> list[str]:
 def _batches(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """Pieces that are stepped together."""
     batch: list[Piece] = []
+    numbers = 0
     for piece in pieces:
         batch.append(piece)
-        if sum(other.parameter.numel() for other in batch) >= PIECE:
+        numbers += piece.parameter.numel()
+        if numbers >= PIECE:
             yield batch
-            batch = []
+            batch, numbers = [], 0
     if batch:
         yield batch
 

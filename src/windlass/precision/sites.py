@@ -17,6 +17,7 @@ from torch import Tensor
 from windlass.errors import ConfigError
 from windlass.plan.number import FLOAT32, NumberFormat, Rounding
 from windlass.plan.recipe import Recipe
+from windlass.precision.alone import is_alone
 from windlass.precision.counters import Counters
 from windlass.precision.rounder import Rounder
 from windlass.precision.stored import rounder
@@ -84,13 +85,13 @@ class Site:
         rounds(x, out, self._words, self._place(x), counters)
 
     def rounded_error(self, gradient: Tensor) -> Tensor:
-        """The gradient of the output in the format of errors."""
+        """The gradient of the output in the format of errors; a hook, which writes it if nobody else has it."""
         if gradient.requires_grad:
             raise ConfigError("a network under a recipe has no second derivatives; remove() the recipe for them")
         if self._back is None:
             return gradient
         rounds, counters = self._back
-        out = torch.empty_like(gradient)
+        out = gradient if is_alone(gradient) else torch.empty_like(gradient)
         rounds(gradient, out, self._back_words, self._place(gradient), counters)
         return out
 

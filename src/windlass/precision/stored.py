@@ -138,7 +138,7 @@ class Piece:
     members: list[Stored]
     gradient: Tensor | None = None
     strides: tuple[int, ...] = field(default=())
-    _hidden: list[Tensor] = field(default_factory=list)
+    _hidden: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
     def empty(self) -> Tensor:
         """Memory that lies as the optimizer's parameter; what belongs to no member is zero."""
@@ -158,10 +158,10 @@ class Piece:
 
     def hide(self) -> None:
         """Nobody has numbers but the codes."""
-        own = [self.parameter, *(member.parameter for member in self.members if member.parameter is not self.parameter)]
         if not self._hidden:
-            self._hidden = [hidden(parameter) for parameter in own]
-        for parameter, nothing in zip(own, self._hidden, strict=True):
+            own = {id(parameter): parameter for parameter in (self.parameter, *(x.parameter for x in self.members))}
+            self._hidden = [(parameter, hidden(parameter)) for parameter in own.values()]
+        for parameter, nothing in self._hidden:
             parameter.data = nothing
 
     @property

@@ -136,7 +136,8 @@ def _counted(builder: ir.IRBuilder, what: str, x: Any, inside: Any, value: Any, 
     """The sums of a run, with one vector more."""
 
     def more(total: Any, where: Any) -> Any:
-        return builder.add(total, builder.zext(where, _ints))
+        mask = builder.bitcast(where, ir.IntType(LANES))
+        return builder.add(total, builder.zext(_call(builder, f"llvm.ctpop.i{LANES}", mask.type, mask), emit.i64))
 
     if what == "nothing":
         return []
@@ -155,9 +156,8 @@ def _add_up(builder: ir.IRBuilder, state: Any, counts: Any, errors: Any, place: 
     """Adds a run's sums to the task's."""
     first = builder.mul(place, emit.constant(3))
     for index, total in enumerate(state[:3]) if len(state) > 1 else ((2, total) for total in state):
-        one = _call(builder, f"llvm.vector.reduce.add.v{LANES}i32", emit.i32, total)
         address = builder.gep(counts, [builder.add(first, emit.constant(index))])
-        builder.store(builder.add(builder.load(address), builder.zext(one, emit.i64)), address)
+        builder.store(builder.add(builder.load(address), total), address)
     if len(state) < 4:
         return
     address = builder.gep(errors, [place])
@@ -213,7 +213,8 @@ def _convert(
                    builder.add(at["dst_at"], step), bool(streaming))  # fmt: skip
             return _counted(builder, COUNTED[counting], x, inside, value, state)
 
-        start = {"nothing": [], "all": [*[_int(0)] * 3, _number(0)], "nan": [_int(0)]}[COUNTED[counting]]
+        none = emit.constant(0)
+        start = {"nothing": [], "all": [*[none] * 3, _number(0)], "nan": [none]}[COUNTED[counting]]
         state = emit.loop(builder, at["vectors"], start, body)
         _add_up(builder, state, totals, sums, at["place"])
         return context.get_dummy_value()
