@@ -64,7 +64,7 @@ def test_many_stalls_make_few_sentences() -> None:
     entries = [[still(name) if i <= now else moving(name) for i, name in enumerate(names)] for now in range(30)]
     texts = stalled(epochs(entries))
     assert len(texts) == 7
-    assert texts[-1].startswith("So were all updates of 24 more parameters (l6.weight")
+    assert texts[-1].startswith("So were those of 24 more parameters (l6.weight")
 
 
 def test_a_weight_that_moves_again_is_told_apart() -> None:
@@ -80,11 +80,22 @@ def test_a_weight_that_moves_again_is_told_apart() -> None:
 def test_a_row_without_a_weight_neither_ends_nor_lengthens_its_stall() -> None:
     rows = epochs([[still("a.weight", 5)], [entry("activations", "a")], [still("a.weight", 6)]])
     (stall,) = stalls(rows)
-    assert (stall.first, stall.last, stall.updates, stall.goes_on) == (1, 3, 11, True)
+    assert (stall.first, stall.last, stall.lost, stall.goes_on) == (1, 3, 11, True)
 
 
 def test_updates_that_are_all_zero_already_are_no_stall() -> None:
     assert stalled([precision_row(0, entry("updates", "a.weight", zeroed=0, moved=0))]) == []
+
+
+def test_updates_are_zero_where_all_gradients_round_to_zero() -> None:
+    """Nearest rounding may lose the gradients before there is an update to lose."""
+    gradients = entry("gradients", "a.weight", zeroed=40, **NARROW)
+    (text,) = stalled(epochs([[gradients, entry("updates", "a.weight", zeroed=0, moved=0)]] * 2, recipe=NEAREST))
+    assert text == (
+        "All 80 gradients of a.weight rounded to zero from epoch 1 to 2: it no longer moves. Nearest rounding at "
+        "steps of 2^-10 loses every gradient below 2^-11; stochastic rounding or more fraction bits help."
+    )
+    assert stalled([precision_row(0, gradients, moving("a.weight"))]) == []
 
 
 def test_a_stall_is_new_once() -> None:

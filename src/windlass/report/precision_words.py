@@ -30,23 +30,28 @@ REMEDIES = {
 }
 
 
+_Key = tuple[int, int, bool, str, str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stall:
-    """Parameters whose updates were all rounded to zero in the same epochs.
+    """Parameters whose updates were all rounded to zero in the same epochs, or were zero since their gradients were.
 
     Attributes:
         names: of the parameters.
+        role: updates or gradients.
         first, last: the epochs, counted from 1.
-        updates: how many were rounded to zero in them.
-        number: the format of updates.
+        lost: how many of the role's numbers were rounded to zero in them.
+        number: the role's format.
         rounding: how they were rounded.
         goes_on: whether it lasts to the last row.
     """
 
     names: tuple[str, ...]
+    role: str
     first: int
     last: int
-    updates: int
+    lost: int
     number: NumberFormat
     rounding: str
     goes_on: bool
@@ -56,7 +61,7 @@ class Stall:
         which = self.names[0] if one else f"{len(self.names)} parameters ({named(self.names)})"
         when = f"in epoch {self.first}" if self.first == self.last else f"from epoch {self.first} to {self.last}"
         they = "it no longer moves" if one else "they no longer move"
-        return f"All {self.updates:,} updates of {which} rounded to zero {when}: {they}."
+        return f"All {self.lost:,} {self.role} of {which} rounded to zero {when}: {they}."
 
 
 def epoch_of(row: Row) -> int:
@@ -81,21 +86,21 @@ def named(names: Sequence[str]) -> str:
 
 def loss_of(stall: Stall) -> str:
     """Why updates are lost in a format under a rounding, and what helps."""
-    number, step = stall.number, stall.number.quantum
+    number, step, one = stall.number, stall.number.quantum, stall.role.removesuffix("s")
     at = f"at steps of {power(step)}" if isinstance(number, Fixed) else f"to {number}, from {power(step)} on,"
     match stall.rounding:
         case "nearest":
             return (
-                f"Nearest rounding {at} loses every update below {power(step / 2)}; "
+                f"Nearest rounding {at} loses every {one} below {power(step / 2)}; "
                 "stochastic rounding or more fraction bits help."
             )
         case "floor":
             return (
-                f"Rounding down {at} loses every positive update below {power(step)}; "
+                f"Rounding down {at} loses every positive {one} below {power(step)}; "
                 "stochastic rounding or more fraction bits help."
             )
     return (
-        f"Stochastic rounding {at} keeps updates in expectation, and these were too small and too few for one to come "
+        f"Stochastic rounding {at} keeps {stall.role} in expectation, and these were too small and too few for one to come "
         "through; more fraction bits help."
     )
 
@@ -114,13 +119,17 @@ def stalls(rows: Sequence[Row]) -> list[Stall]:
     """The stalls of a run, in the order in which they began; those of the same epochs and format together."""
     courses: dict[str, list[tuple[Row, Tally]]] = {}
     for row in rows:
-        for tally in read_tallies(row):
+        tallies = read_tallies(row)
+        gradients = {tally.layer: tally for tally in tallies if tally.role == "gradients" and tally.zeroed}
+        for tally in tallies:
             if tally.moved is not None:
-                courses.setdefault(tally.layer, []).append((row, tally))
-    groups: dict[tuple[int, int, bool, str], list[tuple[str, list[tuple[Row, Tally]]]]] = {}
+                lost = gradients.get(tally.layer, tally) if tally.moved == tally.zeroed == 0 else tally
+                courses.setdefault(tally.layer, []).append((row, lost))
+    groups: dict[_Key, list[tuple[str, list[tuple[Row, Tally]]]]] = {}
     for name, course in courses.items():
         for span, goes_on in _stretches(course):
-            key = (epoch_of(span[0][0]), epoch_of(span[-1][0]), goes_on, str(span[-1][1].number))
+            last = span[-1][1]
+            key = (epoch_of(span[0][0]), epoch_of(span[-1][0]), goes_on, str(last.number), last.role)
             groups.setdefault(key, []).append((name, span))
     return sorted((_stall(key, members) for key, members in groups.items()), key=lambda stall: stall.first)
 
@@ -129,7 +138,7 @@ def _stretches(course: Iterable[tuple[Row, Tally]]) -> Iterator[tuple[list[tuple
     """Consecutive rows of one parameter in which it stood still, and whether it still does after the last row."""
     span: list[tuple[Row, Tally]] = []
     for row, tally in course:
-        if tally.has_stalled:
+        if tally.has_stalled or tally.role == "gradients":
             span.append((row, tally))
         elif span:
             yield span, False
@@ -138,15 +147,16 @@ def _stretches(course: Iterable[tuple[Row, Tally]]) -> Iterator[tuple[list[tuple
         yield span, True
 
 
-def _stall(key: tuple[int, int, bool, str], members: list[tuple[str, list[tuple[Row, Tally]]]]) -> Stall:
-    first, last, goes_on, _ = key
+def _stall(key: _Key, members: list[tuple[str, list[tuple[Row, Tally]]]]) -> Stall:
+    first, last, goes_on, _, role = key
     row, tally = members[0][1][-1]
     recipe = recipe_of(row)
     return Stall(
         names=tuple(name for name, _ in members),
+        role=role,
         first=first,
         last=last,
-        updates=int(sum(tally.zeroed for _, span in members for _, tally in span)),
+        lost=int(sum(tally.zeroed for _, span in members for _, tally in span if tally.role == role)),
         number=tally.number,
         rounding=recipe.rounding if recipe else "stochastic",
         goes_on=goes_on,
@@ -164,7 +174,7 @@ def stalled(rows: Sequence[Row]) -> list[str]:
     """
     now = sorted((stall for stall in stalls(rows) if stall.goes_on), key=lambda stall: -len(stall.names))
     rest = [name for stall in now[MANY_NAMES:] for name in stall.names]
-    others = [f"So were all updates of {len(rest)} more parameters ({named(rest)})."] if rest else []
+    others = [f"So were those of {len(rest)} more parameters ({named(rest)})."] if rest else []
     causes = [loss_of(stall) for stall in now[:MANY_NAMES]]
     said = [
         str(s) if cause in causes[:i] else f"{s} {cause}" for i, (s, cause) in enumerate(zip(now, causes, strict=False))
