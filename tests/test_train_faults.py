@@ -45,7 +45,7 @@ def state_of(pid: int) -> str:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_stop_leaves_a_checkpoint_and_75(
     start: Start, windlass: Windlass, tmp_path: Path, number: signal.Signals, workers: str

@@ -74,6 +74,7 @@ def test_equal_seeds_give_equal_losses_and_other_seeds_do_not(windlass: Windlass
     assert runs[0] != runs[2]
 
 
+@pytest.mark.slow
 def test_small_buckets_and_overlap_change_nothing(windlass: Windlass, tmp_path: Path) -> None:
     """A sum of two numbers has one order, so any buckets give the same bits on two workers."""
     plan = tmp_path / "plan.yaml"
@@ -101,7 +102,12 @@ def resumed_from(folder: Path, name: str, target: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "step", ["step-00000007", "step-00000023", pytest.param("step-00000028", marks=pytest.mark.slow)]
+    "step",
+    [
+        pytest.param("step-00000007", marks=pytest.mark.slow),
+        "step-00000023",
+        pytest.param("step-00000028", marks=pytest.mark.slow),
+    ],
 )
 def test_resume_is_exact_to_the_bit(windlass: Windlass, tmp_path: Path, step: str) -> None:
     """Inside the first epoch, at its end, inside the second: losses and test metrics as in the straight run."""

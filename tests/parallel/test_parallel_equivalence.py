@@ -22,7 +22,7 @@ DEEP = ("googlenet", "resnet18")
         (2, "windlass", (*SMALL, *DEEP)),
         (2, "gloo", ("lenet5", "alexnet")),
         (3, "gloo", SMALL),
-        (4, "windlass", SMALL),
+        pytest.param(4, "windlass", SMALL, marks=pytest.mark.slow),
         pytest.param(2, "gloo", ("googlenet_heads", "resnet18"), marks=pytest.mark.slow),
         pytest.param(3, "windlass", DEEP, marks=pytest.mark.slow),
         pytest.param(4, "windlass", DEEP, marks=pytest.mark.slow),
