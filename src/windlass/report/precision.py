@@ -147,32 +147,14 @@ def _zeroed(points: Rows, marks: Marks) -> Chart | None:
         shapes += line_and_dots(x, lines[worst], color="c8", label=f"{worst}, most at the end")
     whole = _line(points, zeroed_share, role="updates")
     shapes += line_and_dots(x, whole, color=color, label="all parameters")
-    return chart(
-        "Updates rounded to zero",
-        shapes,
-        x_label="epoch",
-        y_label="share of the updates that were not zero",
-        form="percent",
-        log=False,
-        y_low=0.0,
-        marks=marks,
-    )
+    return _shares("Updates rounded to zero", shapes, marks, of="the updates that were not zero")
 
 
 def _others_zeroed(points: Rows, marks: Marks) -> Chart | None:
     """Numbers of the other roles that were rounded to zero."""
     others = [(at, tuple(tally for tally in tallies if tally.role != "updates")) for at, tallies in points]
     shapes, _ = _role_lines(others, zeroed_share)
-    return chart(
-        "Other numbers rounded to zero",
-        shapes,
-        x_label="epoch",
-        y_label="share of the numbers of a role",
-        form="percent",
-        log=False,
-        y_low=0.0,
-        marks=marks,
-    )
+    return _shares("Other numbers rounded to zero", shapes, marks)
 
 
 def _last(values: Sequence[float]) -> float:
@@ -194,15 +176,22 @@ def _role_lines(points: Rows, measure: Measure) -> tuple[list[Shape], float]:
 def _out_of_range(points: Rows, marks: Marks) -> Chart | None:
     """Numbers out of range; the axis reaches at least what is worth a sentence, so that little looks little."""
     shapes, most = _role_lines(points, saturated_share)
+    return _shares("Numbers out of range", shapes, marks, y_high=max(most, HIGH_SATURATION))
+
+
+def _shares(
+    title: str, shapes: list[Shape], marks: Marks, *, of: str = "the numbers of a role", y_high: float | None = None
+) -> Chart | None:
+    """Shares by epoch, from 0 on."""
     return chart(
-        "Numbers out of range",
+        title,
         shapes,
         x_label="epoch",
-        y_label="share of the numbers of a role",
+        y_label=f"share of {of}",
         form="percent",
         log=False,
         y_low=0.0,
-        y_high=max(most, HIGH_SATURATION),
+        y_high=y_high,
         marks=marks,
     )
 

@@ -100,8 +100,8 @@ def loss_of(stall: Stall) -> str:
                 "stochastic rounding or more fraction bits help."
             )
     return (
-        f"Stochastic rounding {at} keeps {stall.role} in expectation, and these were too small and too few for one to come "
-        "through; more fraction bits help."
+        f"Stochastic rounding {at} keeps {stall.role} in expectation, and these were too small and too few for one to "
+        "come through; more fraction bits help."
     )
 
 
