@@ -231,6 +231,7 @@ def test_statistics_of_a_step_that_nobody_completed_are_taken_back(elastic: Elas
     assert checkpoint.weights["norm.num_batches_tracked"] == 2 * STEPS
 
 
+@pytest.mark.slow
 def test_an_mpi_without_fault_tolerance_starts_again_from_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,7 +149,7 @@ BAD = textwrap.dedent(
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("what", ["nan", "inf"])
+@pytest.mark.parametrize("what", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_all_ranks(windlass: Windlass, tmp_path: Path, what: str) -> None:
     """Fetched as the 30th forward pass: step 24 of the second epoch at 23 steps and 6 of evaluation."""
     (tmp_path / "bad.py").write_text(BAD)

@@ -147,9 +147,9 @@ def test_a_network_without_blocks_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_file_and_the_configuration_must_agree(windlass: Windlass, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    first = ("--data", "synthetic:3x32x32:10:64", "--batch", "16", "--tune", "off")
-    assert windlass("plan", "resnet18", *first, "--accumulate", "4", "--out", str(plan)).code == 0
-    run = ("train", "--plan", str(plan), "--dry-run", "--data", "synthetic:3x32x32:10:64")
+    first = ("--data", "synthetic:1x32x32:10:64", "--batch", "16", "--tune", "off")
+    assert windlass("plan", "lenet5", *first, "--accumulate", "4", "--out", str(plan)).code == 0
+    run = ("train", "--plan", str(plan), "--dry-run", "--data", "synthetic:1x32x32:10:64")
     assert "accumulate 4" in windlass(*run).out
     refused = windlass(*run, "--accumulate", "2")
     assert refused.code == 2 and "levers.accumulate: the plan says 4, the configuration 2" in refused.err

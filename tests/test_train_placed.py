@@ -100,7 +100,14 @@ def test_a_checkpoint_of_one_worker_goes_on_under_a_placement(windlass: Windlass
 
 @pytest.mark.parametrize(
     ("workers", "placement"),
-    [("2", "model"), ("2", "tiles"), ("2", "hybrid:a"), ("2", "hybrid:b"), ("2", "hybrid:c"), ("3", "hybrid:c")],
+    [
+        ("2", "model"),
+        ("2", "tiles"),
+        ("2", "hybrid:a"),
+        ("2", "hybrid:b"),
+        ("2", "hybrid:c"),
+        pytest.param("3", "hybrid:c", marks=SLOW),
+    ],
 )
 def test_every_placement_and_scheme_agrees(
     windlass: Windlass, tmp_path: Path, alexnet: Path, workers: str, placement: str
@@ -114,6 +121,7 @@ def test_tiers_agree(windlass: Windlass, tmp_path: Path, alexnet: Path) -> None:
     check_same(run(windlass, tmp_path / "tiers", *ALEXNET, *tiers), alexnet)
 
 
+@SLOW
 def test_the_variable_batch_updates_the_head_more_often_and_resumes(
     windlass: Windlass, tmp_path: Path, alexnet: Path
 ) -> None:
@@ -182,6 +190,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 
+@SLOW
 def test_a_network_that_one_worker_cannot_hold_trains_divided(
     windlass: Windlass, tmp_path: Path, alexnet: Path
 ) -> None:

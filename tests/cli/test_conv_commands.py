@@ -129,6 +129,7 @@ def test_a_damaged_cache_is_one_line_and_no_more(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_tuned_plan_trains_as_it_says_and_resumes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", SMALL, "--batch", "256", "--out", "plan.yaml"]) == 0
     plan = yaml.safe_load(Path("plan.yaml").read_text())
@@ -180,6 +181,7 @@ def test_exact_training_is_today_s_bit_for_bit() -> None:
     assert losses_of(Path("plain")) == losses_of(Path("exact"))
 
 
+@pytest.mark.slow
 def test_bench_conv_measures_all_beside_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*BENCH, "--kernel-sizes", "3,5", "--json", "conv.json", "--plot", "conv.png"]) == 0
     out = capsys.readouterr().out
@@ -214,6 +216,7 @@ def test_bench_conv_of_a_network_has_each_distinct_layer_once(capsys: pytest.Cap
     assert any(mean["by"] == "auto" for mean in means)
 
 
+@pytest.mark.slow
 def test_bench_step_measures_in_processes_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "step", "--network", "lenet5", "--batch", "4", "--turns", "2", "--tune", "model"]
     assert main([*arguments, "--json", "step.json"]) == 0

@@ -21,7 +21,7 @@ DEEP = ("googlenet", "resnet18")
         pytest.param(1, "windlass", (*SMALL, *DEEP), marks=pytest.mark.slow),
         (2, "windlass", (*SMALL, *DEEP)),
         (2, "gloo", ("lenet5", "alexnet")),
-        (3, "gloo", SMALL),
+        pytest.param(3, "gloo", SMALL, marks=pytest.mark.slow),
         pytest.param(4, "windlass", SMALL, marks=pytest.mark.slow),
         pytest.param(2, "gloo", ("googlenet_heads", "resnet18"), marks=pytest.mark.slow),
         pytest.param(3, "windlass", DEEP, marks=pytest.mark.slow),
