@@ -23,6 +23,8 @@ from windlass.engine.world import NUM_SPINS, SLEEP_S, MpiWorld, losses_named
 from windlass.plan.number import Fixed, NumberFormat
 
 WORD = np.dtype(np.int16)
+CHUNK = 1 << 16
+"""Numbers that are added at once: their sums stay in the second cache."""
 
 
 class NarrowSums:
@@ -38,6 +40,7 @@ class NarrowSums:
         self._rank, self._size = world.rank, world.size
         self._scatter, self._gather = world.comm.Dup(), world.comm.Dup()
         self._pending: list[NarrowSum] = []
+        self._room: dict[int, list[NDArray[Any]]] = {}
         self._sent = self._told = self._count = 0
 
     def start(self, send: NDArray[Any], receive: NDArray[Any]) -> NarrowSum:
@@ -47,6 +50,15 @@ class NarrowSums:
         self._sent += found.sent_bytes
         self._count += 1
         return found
+
+    def room(self, numbers: int) -> NDArray[Any]:
+        """Room for so many numbers of every rank and of their sum: new memory costs more than what is sent into it."""
+        free = self._room.setdefault(numbers, [])
+        return free.pop() if free else np.empty((self._size + 1, numbers), WORD)
+
+    def give_back(self, room: NDArray[Any]) -> None:
+        """Nobody needs this room now."""
+        self._room[room.shape[1]].append(room)
 
     def move(self) -> None:
         """Moves all sums on."""
@@ -78,12 +90,12 @@ class NarrowSum:
         self._counts = [stop - start for start, stop in pairwise(bounds)]
         self._starts = bounds[:-1]
         mine = self._counts[rank]
-        self._inbox = np.empty((size, mine), WORD)
+        self._room = sums.room(mine)
         self.sent_bytes = WORD.itemsize * (send.size - mine + mine * (size - 1))
         with losses_named("an exchange of 16-bit gradients"):
             self._request = sums._scatter.Ialltoallv(
                 [send, (self._counts, self._starts), _word()],
-                [self._inbox, ([mine] * size, [part * mine for part in range(size)]), _word()],
+                [self._room[:size], ([mine] * size, [part * mine for part in range(size)]), _word()],
             )
         self._is_gathering = self._is_done = False
 
@@ -91,9 +103,10 @@ class NarrowSum:
         """Goes on as far as it can without waiting; whether the next sum may begin its second exchange."""
         with losses_named("an exchange of 16-bit gradients"):
             if not self._is_gathering and self._request.Test():
-                self._mine = _added(self._inbox, self._sums.number)
+                mine = self._room[-1]
+                _add(torch.from_numpy(self._room[:-1]), torch.from_numpy(mine), self._sums.number)
                 self._request = self._sums._gather.Iallgatherv(
-                    [self._mine, _word()], [self._receive, (self._counts, self._starts), _word()]
+                    [mine, _word()], [self._receive, (self._counts, self._starts), _word()]
                 )
                 self._is_gathering = True
         return self._is_gathering
@@ -104,6 +117,8 @@ class NarrowSum:
         if self._is_gathering and not self._is_done:
             with losses_named("an exchange of 16-bit gradients"):
                 self._is_done = bool(self._request.Test())
+            if self._is_done:
+                self._sums.give_back(self._room)
         return self._is_done
 
     def wait(self) -> None:
@@ -121,15 +136,12 @@ def _word() -> Any:
     return MPI.SHORT
 
 
-def _added(inbox: NDArray[Any], number: NumberFormat) -> NDArray[Any]:
-    """The ranks' parts added in 32 bits, in 16 bits again."""
-    parts = torch.from_numpy(inbox)
-    total: NDArray[Any]
-    if isinstance(number, Fixed):
-        low, high = number.codes
-        total = parts.sum(0, dtype=torch.int32).clamp_(low, high).to(torch.int16).numpy()
-        return total
-    dtype = torch.float16 if number.storage == "float16" else torch.bfloat16
-    wide = parts.view(dtype).sum(0, dtype=torch.float32).clamp_(number.lowest, number.highest)
-    total = wide.to(dtype).view(torch.int16).numpy()
-    return total
+def _add(parts: torch.Tensor, out: torch.Tensor, number: NumberFormat) -> None:
+    """`out` becomes the ranks' parts, added in 32 bits, in 16 bits again."""
+    for part, sums in zip(torch.split(parts, CHUNK, dim=1), torch.split(out, CHUNK), strict=True):
+        if isinstance(number, Fixed):
+            sums.copy_(part.sum(0, dtype=torch.int32).clamp_(*number.codes))
+        else:
+            dtype = torch.float16 if number.storage == "float16" else torch.bfloat16
+            wide = part.view(dtype).sum(0, dtype=torch.float32)
+            sums.view(dtype).copy_(wide.clamp_(number.lowest, number.highest))
