@@ -92,7 +92,7 @@ def test_weights_are_numbers_of_their_formats(windlass: Windlass, tmp_path: Path
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    "recipe", ["fixed16,late=0.5:+4", pytest.param("bfloat16", marks=pytest.mark.slow), "fixed16,exchange=16bit"]
+    "recipe", ["fixed16,late=0.5:+4", pytest.param("bfloat16", marks=pytest.mark.slow), "bfloat16,exchange=16bit"]
 )
 def test_a_run_that_resumes_is_the_run_without_a_stop(windlass: Windlass, tmp_path: Path, recipe: str) -> None:
     """With BatchNorm and dropout, inside an epoch, before and after the switch to wider formats."""

@@ -26,9 +26,10 @@ import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 
 from windlass.engine.allreduce import StartSum
 from windlass.engine.mover import Mover
@@ -337,7 +338,13 @@ class GradientAverager:
         gradient = bucket.group.gradient[bucket.start : bucket.stop]
         self._first_start = self._first_start or time.perf_counter()
         with self._mover.lock if self._mover is not None else nullcontext():
-            bucket.request = self._start_sums[bucket.group.key](own.numpy(), gradient.numpy())
+            bucket.request = self._start_sums[bucket.group.key](_array(own), _array(gradient))
+
+
+def _array(x: torch.Tensor) -> NDArray[Any]:
+    """A tensor's memory as NumPy's; bfloat16, which NumPy does not have, as int16."""
+    found: NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    return found
 
 
 def _cut(group: FlatGroup, bucket_bytes: int) -> list[_Bucket]:
