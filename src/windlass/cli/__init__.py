@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -34,6 +35,9 @@ from windlass.errors import EXIT_CODES, WindlassError
 # Typer brings its own Click in newer releases and uses the installed one before; these are its classes either way.
 UsageError: Any = typer.BadParameter.__bases__[0]
 ClickException: Any = UsageError.__bases__[0]
+
+LAST_S = 2.0
+"""So long the other ranks wait for rank 0 to say what all have met."""
 
 EPILOG = "Exit status: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
 
@@ -98,12 +102,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    """One line on stderr; under mpiexec only rank 0 says what all ranks met."""
+    """One line on stderr; under mpiexec only rank 0 says what all ranks met, and the others end after it.
+
+    At the first rank that fails mpiexec kills the others.
+    """
     from windlass.engine.world import world_from_environment
 
     rank, _ = world_from_environment() or (0, 1)
     if rank == 0:
         print(f"windlass: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(LAST_S)
     return code
 
 
