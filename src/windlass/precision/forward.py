@@ -178,12 +178,6 @@ class Forward(TorchFunctionMode):
         """Runs `func` with numbers in the place of hidden parameters; outside of layers it is one itself."""
         kind = kind_of(func)
         kwargs = kwargs or {}
-        if kind.is_plain and self._layer is not None:
-            for x in args:
-                if id(x) in self._stored or type(x) is list or type(x) is tuple:
-                    args = self._shown_among(kind, args)
-                    break
-            return func(*args, **self._shown_named(kwargs)) if kwargs else func(*args)
         if kind.name == "linear" and self.take_rows is not None and self._is_large(args):
             return self._linear(*args, **kwargs)
         if kind.reads:
@@ -195,6 +189,8 @@ class Forward(TorchFunctionMode):
                 kwargs = self._shown_named(kwargs)
         if kind.is_layer and self._layer is None:
             return self._function(kind, func, args, kwargs)
+        if kind.is_layer and not kind.pooled:
+            return func(*args, **kwargs)
         if kind.pooled and args:
             return self._pooled(kind, func, args, kwargs)
         number = self._selected(kind, args, kwargs) if kind.is_exact else None

@@ -31,7 +31,6 @@ class Kind(NamedTuple):
         zeros: whether its results are zeros.
         writes: whether it writes its first argument.
         pooled: the last so many dimensions of its input are what its indices point into.
-        is_plain: whether it is a layer like most, of which nothing else is known.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Kind(NamedTuple):
     zeros: bool
     writes: bool
     pooled: int
-    is_plain: bool
 
 
 @cache
@@ -55,17 +53,15 @@ def kind_of(func: Any) -> Kind:
     reads = name in READS_NUMBERS if is_attribute else name not in METADATA
     is_exact, zeros = name in EXACT_FUNCTIONS, name in ZEROS
     kind = name.strip("_")
-    is_layer = reads and not is_attribute and not is_exact and not zeros
     return Kind(
         name=OF_MODULE.get(kind, kind),
         reads=reads,
-        is_layer=is_layer,
+        is_layer=reads and not is_attribute and not is_exact and not zeros,
         is_exact=is_exact,
         fills=name in FILLING,
         zeros=zeros,
         writes=_writes(name) if not is_attribute else (func.__name__, name) == ("__set__", "data"),
         pooled=POOLING.get(name, 0),
-        is_plain=is_layer and name not in POOLING and kind != "linear",
     )
 
 
