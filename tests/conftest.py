@@ -80,6 +80,13 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows_of(folder) if row["kind"] == "step"]
 
 
+def run(windlass: Windlass, folder: Path, *arguments: str) -> Path:
+    """Runs a command that succeeds, with this folder for its results."""
+    done = windlass(*arguments, "--out", str(folder))
+    assert done.code == 0, done.err
+    return folder
+
+
 def losses_of(folder: Path) -> list[float]:
     """The loss of every step of a run, exactly as computed."""
     return [row["loss"] for row in steps_of(folder)]

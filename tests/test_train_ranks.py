@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import Windlass, losses_of, rows_of
+from conftest import Windlass, losses_of, rows_of, run
 from windlass.engine.launch import find_mpiexec, mpiexec_options
 
 pytestmark = pytest.mark.mpi
@@ -38,12 +38,6 @@ NETWORK = textwrap.dedent(
             return self.fc(self.drop(x))
     """
 )
-
-
-def run(windlass: Windlass, folder: Path, *arguments: str) -> Path:
-    done = windlass(*arguments, "--out", str(folder))
-    assert done.code == 0, done.err
-    return folder
 
 
 def test_any_number_of_workers_gives_the_same_losses(windlass: Windlass, tmp_path: Path) -> None:

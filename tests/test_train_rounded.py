@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from conftest import Windlass, losses_of, rows_of
+from conftest import Windlass, losses_of, rows_of, run
 from windlass.errors import ConfigError
 from windlass.plan.recipe import parse_recipe
 from windlass.precision import dequantize, quantize
@@ -36,12 +36,6 @@ NETWORK = textwrap.dedent(
             return self.fc(self.drop(self.norm(self.conv(x)).relu().flatten(1)))
     """
 )
-
-
-def run(windlass: Windlass, folder: Path, *arguments: str) -> Path:
-    done = windlass(*arguments, "--out", str(folder))
-    assert done.code == 0, done.err
-    return folder
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

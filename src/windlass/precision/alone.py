@@ -49,8 +49,8 @@ def _measured() -> _Counts | None:
     if not (hasattr(torch._C, "_storage_Use_Count") and hasattr(Tensor, "_use_count")):
         return None
     probe = _Probe()
-    with torch.enable_grad():
-        x = torch.ones(2, requires_grad=True) * 1
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(2, requires_grad=True, device="cpu") * 1
         x.register_hook(probe.hook)  # type: ignore[no-untyped-call]
         (x * 2 * x).sum().backward()  # type: ignore[no-untyped-call]
     return probe.found
